@@ -1,0 +1,157 @@
+package dataplane
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/weftnet/weft/store"
+)
+
+// Names of links. A VNI has at most eight digits, so all fit the kernel's 15
+// characters.
+const (
+	bridgePrefix = "weftb"
+	vxlanPrefix  = "weftx"
+	vethPrefix   = "weftv"
+	peerPrefix   = "weftc"
+
+	// LinkPrefix begins the name of every link of ours.
+	LinkPrefix = "weft"
+	// AliasPrefix begins the alias of every link of ours. A link with our name
+	// but without it belongs to somebody else.
+	AliasPrefix = "weft:"
+)
+
+// BridgeName returns the name of a network's bridge.
+func BridgeName(v store.VNI) string { return bridgePrefix + strconv.Itoa(int(v)) }
+
+// VXLANName returns the name of a network's VXLAN device.
+func VXLANName(v store.VNI) string { return vxlanPrefix + strconv.Itoa(int(v)) }
+
+// VethName returns the name of the host's side of an endpoint's link.
+func VethName(e store.EndpointID) string {
+	sum := sha256.Sum256([]byte(e))
+	return vethPrefix + hex.EncodeToString(sum[:5])
+}
+
+// PeerName returns the name that the container's side has until Docker moves it.
+func PeerName(veth string) string { return peerPrefix + strings.TrimPrefix(veth, vethPrefix) }
+
+// The alias of a link says whose it is and holds what a host needs to rebuild its
+// records when the database was lost. The kernel keeps at most 255 bytes.
+//
+//	weft:net 4096 <network id> <mtu, 0 automatic> <internal 0|1> 10.1.0.0/16=10.1.0.1,fd00::/64
+//	weft:vxlan 4096
+//	weft:ep 4096 <endpoint id> <network id> 02:… 10.1.0.2/16 - joined
+
+const maxAlias = 255
+
+// NetworkAlias returns the alias of a network's bridge. Subnets that do not fit
+// are left out from the end.
+func NetworkAlias(n store.Network) string {
+	s := fmt.Sprintf("%snet %d %s %d %d", AliasPrefix, n.VNI, n.ID, n.MTU, bit(n.Internal))
+	sep := " "
+	for _, sub := range n.Subnets {
+		part := sep + sub.Pool.String()
+		if sub.Gateway.IsValid() {
+			part += "=" + sub.Gateway.String()
+		}
+		if len(s)+len(part) > maxAlias {
+			break
+		}
+		s += part
+		sep = ","
+	}
+	return s
+}
+
+// ParseNetworkAlias reads NetworkAlias back.
+func ParseNetworkAlias(s string) (store.Network, bool) {
+	var n store.Network
+	f := strings.Fields(strings.TrimPrefix(s, AliasPrefix+"net "))
+	if !strings.HasPrefix(s, AliasPrefix+"net ") || len(f) < 4 {
+		return n, false
+	}
+	vni, err1 := strconv.ParseUint(f[0], 10, 24)
+	mtu, err2 := strconv.Atoi(f[2])
+	if err1 != nil || err2 != nil {
+		return n, false
+	}
+	n = store.Network{ID: store.NetworkID(f[1]), VNI: store.VNI(vni), Mode: ModeVXLAN, MTU: mtu, Internal: f[3] == "1"}
+	if len(f) < 5 {
+		return n, true
+	}
+	for part := range strings.SplitSeq(f[4], ",") {
+		pool, gw, _ := strings.Cut(part, "=")
+		p, err := netip.ParsePrefix(pool)
+		if err != nil {
+			return n, false
+		}
+		a, _ := netip.ParseAddr(gw) // none is the zero Addr
+		n.Subnets = append(n.Subnets, store.Subnet{Pool: p, Gateway: a})
+	}
+	return n, true
+}
+
+// VXLANAlias returns the alias of a network's VXLAN device.
+func VXLANAlias(v store.VNI) string { return fmt.Sprintf("%svxlan %d", AliasPrefix, v) }
+
+// EndpointAlias returns the alias of the host's side of an endpoint's link.
+func EndpointAlias(e store.Endpoint) string {
+	s := fmt.Sprintf("%sep %d %s %s %s %s %s", AliasPrefix, e.VNI, e.ID, e.Network, e.MAC, prefixText(e.IPv4), prefixText(e.IPv6))
+	if e.Sandbox != "" {
+		s += " joined"
+	}
+	return s
+}
+
+// ParseEndpointAlias reads EndpointAlias back. Of a joined endpoint the sandbox is
+// not known; it is set to "?".
+func ParseEndpointAlias(s string) (store.Endpoint, bool) {
+	var e store.Endpoint
+	f := strings.Fields(strings.TrimPrefix(s, AliasPrefix+"ep "))
+	if !strings.HasPrefix(s, AliasPrefix+"ep ") || len(f) < 6 {
+		return e, false
+	}
+	vni, err := strconv.ParseUint(f[0], 10, 24)
+	mac, err2 := store.ParseMAC(f[3])
+	if err != nil || err2 != nil {
+		return e, false
+	}
+	e = store.Endpoint{ID: store.EndpointID(f[1]), Network: store.NetworkID(f[2]), VNI: store.VNI(vni), MAC: mac}
+	e.IPv4, _ = netip.ParsePrefix(f[4]) // "-" is the zero Prefix
+	e.IPv6, _ = netip.ParsePrefix(f[5])
+	if len(f) > 6 && f[6] == "joined" {
+		e.Sandbox = "?"
+	}
+	return e, true
+}
+
+// AliasVNI returns the network that a link of ours belongs to.
+func AliasVNI(s string) (store.VNI, bool) {
+	rest, ok := strings.CutPrefix(s, AliasPrefix)
+	if f := strings.Fields(rest); ok && len(f) >= 2 {
+		if v, err := strconv.ParseUint(f[1], 10, 24); err == nil && v > 0 {
+			return store.VNI(v), true
+		}
+	}
+	return 0, false
+}
+
+func prefixText(p netip.Prefix) string {
+	if !p.IsValid() {
+		return "-"
+	}
+	return p.String()
+}
+
+func bit(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}

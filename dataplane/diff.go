@@ -1,0 +1,120 @@
+package dataplane
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+
+	"github.com/weftnet/weft/store"
+)
+
+// Verb says what an Op does to its object.
+type Verb int
+
+// The verbs. Put makes the object or changes what is there (Old) into it; it has
+// replace semantics and succeeds when the object is already so. Delete succeeds
+// when there is nothing.
+const (
+	Put Verb = iota
+	Delete
+)
+
+// Op is one change to the kernel.
+type Op struct {
+	Verb   Verb
+	Object Object
+	Old    Object // what Put found in place, or nil
+}
+
+func (o Op) String() string {
+	switch {
+	case o.Verb == Delete:
+		return "- " + o.Object.String()
+	case o.Old != nil:
+		return "~ " + o.Object.String()
+	}
+	return "+ " + o.Object.String()
+}
+
+// Diff returns the operations that turn have into want: what is to be made or
+// changed in order of kind, then what is to go in reverse order. A joined Veth
+// that is not there is left out, since nobody can make it again.
+func Diff(want, have Plan) []Op {
+	var ops []Op
+	for k, w := range want {
+		h, ok := have[k]
+		if v, isVeth := w.(Veth); isVeth && v.Joined && !ok {
+			continue
+		}
+		if !ok {
+			ops = append(ops, Op{Verb: Put, Object: w})
+		} else if !same(h, w) {
+			ops = append(ops, Op{Verb: Put, Object: w, Old: h})
+		}
+	}
+	var gone []Op
+	for k, h := range have {
+		if _, ok := want[k]; !ok {
+			gone = append(gone, Op{Verb: Delete, Object: h})
+		}
+	}
+	byKey := func(a, b Op) int { return compareKeys(a.Object.Key(), b.Object.Key()) }
+	slices.SortFunc(ops, byKey)
+	slices.SortFunc(gone, func(a, b Op) int { return -byKey(a, b) })
+	return append(ops, gone...)
+}
+
+// same reports whether the kernel need not be changed. Of chains only the hash is
+// read back.
+func same(a, b Object) bool {
+	if c, ok := a.(Chain); ok {
+		c.Rules = ""
+		a = c
+	}
+	if c, ok := b.(Chain); ok {
+		c.Rules = ""
+		b = c
+	}
+	return a == b
+}
+
+// Underlay is the host's own network, as the kernel has it.
+type Underlay struct {
+	Address netip.Addr // zero: none found; networks then work on this host only
+	Link    string
+	MTU     int // bytes
+	// NoChecksum: this kernel or the link's driver computes wrong inner checksums
+	// for VXLAN, with the reason.
+	NoChecksum bool
+	Reason     string
+}
+
+// OpError is the failure of one operation.
+type OpError struct {
+	Op  Op
+	Err error
+}
+
+func (e *OpError) Error() string { return e.Op.String() + ": " + e.Err.Error() }
+func (e *OpError) Unwrap() error { return e.Err }
+
+// Kernel is the kernel as the loop uses it: dataplane/kernel, and for tests of
+// logic dataplane/kerneltest.
+type Kernel interface {
+	// Read returns what is ours for a network, or with store.HostVNI for the
+	// host (sets, chains, jumps). An error means "could not read", never
+	// "nothing there".
+	Read(ctx context.Context, v store.VNI) (Plan, error)
+	// Apply runs the operations in order and goes on after a failure. It returns
+	// one *OpError per failed operation.
+	Apply(ctx context.Context, ops []Op) []*OpError
+	// Networks returns the networks of which the kernel holds a link of ours.
+	Networks(ctx context.Context) ([]store.VNI, error)
+	// Underlay returns the link and address to reach other hosts by: want if the
+	// host has it, else (zero want) the source address of the default route.
+	Underlay(ctx context.Context, want netip.Addr) (Underlay, error)
+	// Watch sends the network that an outside change touched, or store.HostVNI
+	// for rules, sets, addresses and routes, until ctx ends. It coalesces, and it
+	// may repeat our own changes. After an overflow it sends every network.
+	Watch(ctx context.Context) <-chan store.VNI
+}

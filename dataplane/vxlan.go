@@ -1,0 +1,199 @@
+package dataplane
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/weftnet/weft/store"
+)
+
+// ModeVXLAN is the default datapath: a bridge and a VXLAN device per network.
+const ModeVXLAN = "vxlan"
+
+// Names of what the host holds once, for all networks.
+const (
+	setPeers4    = "weft-peers4"
+	setPeers6    = "weft-peers6"
+	chainPrerout = "WEFT-PREROUTING"
+	chainOutput  = "WEFT-OUTPUT"
+	chainInput   = "WEFT-INPUT"
+	chainForward = "WEFT-FORWARD"
+)
+
+// minMTU is the smallest MTU that IPv4 allows (RFC 791).
+const minMTU = 68
+
+// Overhead returns the bytes that VXLAN adds to a packet: inner Ethernet 14,
+// VXLAN 8, UDP 8 and the outer IP header (RFC 7348).
+func Overhead(underlay netip.Addr) int {
+	if underlay.Is6() {
+		return 70
+	}
+	return 50
+}
+
+// MTU returns the MTU of a network's interfaces in bytes: the explicit one, else
+// what the underlay leaves, else Ethernet's minus the overhead.
+func MTU(n store.Network, u Underlay) int {
+	switch {
+	case n.MTU != 0:
+		return n.MTU
+	case u.MTU > Overhead(u.Address)+minMTU:
+		return u.MTU - Overhead(u.Address)
+	}
+	return 1500 - Overhead(u.Address)
+}
+
+// PlanNetwork returns what the kernel must hold for one network: nothing when the
+// host does not run it.
+func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
+	p := Plan{}
+	if s.Network == nil {
+		return p, nil
+	}
+	n := *s.Network
+	if n.Mode != ModeVXLAN {
+		return nil, fmt.Errorf("network %s: mode %q is not known to this version", n.ID, n.Mode)
+	}
+	bridge, mtu := BridgeName(n.VNI), MTU(n, u)
+	p.Add(Bridge{Name: bridge, Alias: NetworkAlias(n), MAC: store.DeriveMAC("bridge", string(s.Self.ID), bridge), MTU: mtu, Up: true, Closed: true})
+	for _, e := range s.Endpoints {
+		planEndpoint(p, e, bridge, mtu)
+	}
+	// Without an underlay the network works on this host.
+	if !u.Address.IsValid() {
+		return p, nil
+	}
+	vx := VXLANName(n.VNI)
+	p.Add(VXLAN{Name: vx, Alias: VXLANAlias(n.VNI), Bridge: bridge, VNI: n.VNI, Local: u.Address, Underlay: u.Link,
+		Port: s.Self.DataPort, MTU: mtu, MAC: store.DeriveMAC("vxlan", string(s.Self.ID), vx), Up: true, Suppress: true, NoChecksum: u.NoChecksum})
+	planRemote(p, s, u, bridge, vx)
+	return p, nil
+}
+
+func planEndpoint(p Plan, e store.Endpoint, bridge string, mtu int) {
+	if e.Left {
+		return
+	}
+	veth := VethName(e.ID)
+	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: bridge, MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != ""})
+	p.Add(FDB{Link: veth, MAC: e.MAC, Master: true})
+}
+
+// planRemote adds what is needed to reach the peers' endpoints. Where two records
+// claim one MAC or address, a local one wins, then a living peer's, then the lower
+// host id: the same on every host, whatever the order of arrival.
+func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
+	vtep, dead := map[store.HostID]netip.Addr{}, map[store.HostID]bool{}
+	for _, peer := range s.Peers {
+		if peer.Address == u.Address || peer.Address.Is4() != u.Address.Is4() {
+			continue // cannot be reached from this address
+		}
+		vtep[peer.ID] = peer.Address
+		dead[peer.ID] = !peer.DeadSince.IsZero()
+		p.Add(FDB{Link: vx, Dst: peer.Address})
+	}
+	mac, ip := map[store.MAC]bool{}, map[netip.Addr]bool{}
+	for _, e := range s.Endpoints {
+		if !e.Left {
+			mac[e.MAC], ip[e.IPv4.Addr()], ip[e.IPv6.Addr()] = true, true, true
+		}
+	}
+	remote := s.Remote // sorted by owner
+	if slices.ContainsFunc(remote, func(e store.RemoteEndpoint) bool { return dead[e.Owner] }) {
+		remote = slices.Clone(remote)
+		slices.SortStableFunc(remote, func(a, b store.RemoteEndpoint) int { return bit(dead[a.Owner]) - bit(dead[b.Owner]) })
+	}
+	for _, e := range remote {
+		dst, ok := vtep[e.Owner]
+		if !ok || mac[e.MAC] || e.MAC.IsZero() || ip[e.IPv4] && e.IPv4.IsValid() || ip[e.IPv6] && e.IPv6.IsValid() {
+			continue
+		}
+		mac[e.MAC] = true
+		p.Add(FDB{Link: vx, MAC: e.MAC, Dst: dst})
+		p.Add(FDB{Link: vx, MAC: e.MAC, Master: true})
+		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
+			if a.IsValid() {
+				ip[a] = true
+				p.Add(Neigh{Link: bridge, IP: a, MAC: e.MAC})
+			}
+		}
+	}
+}
+
+// PlanHost returns what the kernel must hold once for all networks: the set of
+// peers, the chains that guard the underlay and separate the networks, and the
+// jumps to them. A host without networks holds nothing.
+func PlanHost(s store.HostSnapshot, u Underlay) Plan {
+	p := Plan{}
+	if len(s.Networks) == 0 {
+		return p
+	}
+	var peers4, peers6 []string
+	for _, peer := range s.Peers {
+		switch {
+		case !peer.Address.IsValid():
+		case peer.Address.Is4():
+			peers4 = append(peers4, peer.Address.String())
+		default:
+			peers6 = append(peers6, peer.Address.String())
+		}
+	}
+	p.Add(peerSet(setPeers4, false, peers4))
+	p.Add(peerSet(setPeers6, true, peers6))
+	for _, v6 := range []bool{false, true} {
+		planGuard(p, v6, s.Self.DataPort, u)
+		planForward(p, v6, s.Networks)
+	}
+	return p
+}
+
+func peerSet(name string, v6 bool, members []string) Set {
+	slices.Sort(members)
+	return Set{Name: name, V6: v6, Members: strings.Join(slices.Compact(members), ",")}
+}
+
+// planGuard lets VXLAN in only from known peers on the underlay's link. It stands
+// twice, in raw and in filter, so that it holds while either table is flushed; raw
+// also keeps the tunnel out of connection tracking.
+func planGuard(p Plan, v6 bool, port uint16, u Underlay) {
+	set := setPeers4
+	if v6 {
+		set = setPeers6
+	}
+	vxlan := fmt.Sprintf("-p udp -m udp --dport %d", port)
+	var trusted []string
+	if u.Address.IsValid() && u.Address.Is6() == v6 {
+		trusted = []string{fmt.Sprintf("-i %s %s -m set --match-set %s src", u.Link, vxlan, set)}
+	}
+	var raw, in []string
+	for _, t := range trusted {
+		raw = append(raw, t+" -j CT --notrack", t+" -j RETURN")
+		in = append(in, t+" -j ACCEPT")
+	}
+	raw = append(raw, vxlan+" -j DROP")
+	in = append(in, vxlan+" -j DROP", "-i "+bridgePrefix+"+ -j DROP")
+	p.Add(NewChain("raw", v6, chainPrerout, raw...))
+	p.Add(NewChain("raw", v6, chainOutput, vxlan+" -j CT --notrack"))
+	p.Add(NewChain("filter", v6, chainInput, in...))
+	p.Add(Jump{"raw", v6, "PREROUTING", chainPrerout})
+	p.Add(Jump{"raw", v6, "OUTPUT", chainOutput})
+	p.Add(Jump{"filter", v6, "INPUT", chainInput})
+}
+
+// planForward lets each network talk within itself, also where Docker's FORWARD
+// policy is DROP and br_netfilter shows bridged frames to iptables, and keeps
+// everything else off the bridges.
+func planForward(p Plan, v6 bool, networks []store.Network) {
+	var rules []string
+	for _, n := range networks {
+		b := BridgeName(n.VNI)
+		rules = append(rules, fmt.Sprintf("-i %s -o %s -j ACCEPT", b, b))
+	}
+	slices.Sort(rules)
+	rules = append(rules, "-i "+bridgePrefix+"+ -j DROP", "-o "+bridgePrefix+"+ -j DROP")
+	p.Add(NewChain("filter", v6, chainForward, rules...))
+	p.Add(Jump{"filter", v6, "FORWARD", chainForward})
+}

@@ -1,0 +1,182 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// PeerNetwork is a network as a peer runs it, with the version of the peer's
+// endpoints that we hold (0: none yet).
+type PeerNetwork struct {
+	Owner HostID `json:"owner"`
+	SharedNetwork
+	Epoch uint64 `json:"epoch,omitempty"`
+	Seq   uint64 `json:"seq,omitempty"`
+}
+
+// Peer returns a peer, or ErrNotFound.
+func (tx *Tx) Peer(id HostID) (Peer, error) {
+	return get[Peer](tx, bucketPeers, []byte(id), "peer "+string(id))
+}
+
+// Peers returns all known peers, sorted by id.
+func (tx *Tx) Peers() ([]Peer, error) { return list[Peer](tx, bucketPeers, nil) }
+
+// PutPeer writes what is known of a peer. All networks that it runs are touched.
+func (tx *Tx) PutPeer(p Peer) error {
+	nets, err := tx.PeerNetworks(p.ID)
+	if err != nil {
+		return err
+	}
+	for _, n := range nets {
+		tx.touchRemote(n.VNI)
+	}
+	tx.touch(HostVNI)
+	return put(tx, bucketPeers, []byte(p.ID), p)
+}
+
+// ForgetPeer removes a peer with all its records.
+func (tx *Tx) ForgetPeer(id HostID) error {
+	nets, err := tx.PeerNetworks(id)
+	if err != nil {
+		return err
+	}
+	for _, n := range nets {
+		if err := tx.removePeerNetwork(id, n.VNI); err != nil {
+			return err
+		}
+	}
+	tx.touch(HostVNI)
+	return tx.tx.Bucket(bucketPeers).Delete([]byte(id))
+}
+
+func peerNetKey(id HostID, v VNI) []byte { return append([]byte(string(id)+"/"), vniKey(v)...) }
+
+func remoteKey(v VNI, id HostID, e EndpointID) []byte {
+	return append(vniKey(v), []byte(string(id)+"/"+string(e))...)
+}
+
+// PeerNetworks returns the networks that a peer runs, sorted by VNI.
+func (tx *Tx) PeerNetworks(id HostID) ([]PeerNetwork, error) {
+	return list[PeerNetwork](tx, bucketPeerNets, []byte(string(id)+"/"))
+}
+
+// PeerNetwork returns one network of a peer, or ErrNotFound.
+func (tx *Tx) PeerNetwork(id HostID, v VNI) (PeerNetwork, error) {
+	return get[PeerNetwork](tx, bucketPeerNets, peerNetKey(id, v), fmt.Sprintf("network %d of peer %s", v, id))
+}
+
+// MergeNetworks takes over a peer's list of networks, as the peer itself told it,
+// with its version. Endpoints of networks that are no longer listed are dropped.
+// Taking over the same list again changes nothing.
+func (tx *Tx) MergeNetworks(owner HostID, epoch, seq uint64, nets []SharedNetwork) error {
+	p, err := tx.Peer(owner)
+	if err != nil {
+		return err
+	}
+	if p.Epoch == epoch && p.Networks >= seq && seq != 0 {
+		return nil
+	}
+	old, err := tx.PeerNetworks(owner)
+	if err != nil {
+		return err
+	}
+	for _, o := range old {
+		if !slices.ContainsFunc(nets, func(n SharedNetwork) bool { return n.VNI == o.VNI }) {
+			if err := tx.removePeerNetwork(owner, o.VNI); err != nil {
+				return err
+			}
+		}
+	}
+	for _, n := range nets {
+		pn := PeerNetwork{Owner: owner}
+		if i := slices.IndexFunc(old, func(o PeerNetwork) bool { return o.VNI == n.VNI }); i >= 0 {
+			pn = old[i]
+		}
+		if pn.SharedNetwork.Agrees(n) {
+			continue
+		}
+		pn.SharedNetwork = n
+		tx.touchRemote(n.VNI)
+		if err := put(tx, bucketPeerNets, peerNetKey(owner, n.VNI), pn); err != nil {
+			return err
+		}
+	}
+	p.Epoch, p.Networks = epoch, seq
+	return put(tx, bucketPeers, []byte(owner), p)
+}
+
+func (tx *Tx) removePeerNetwork(owner HostID, v VNI) error {
+	if _, err := removePrefix(tx, bucketRemote, remoteKey(v, owner, "")); err != nil {
+		return err
+	}
+	tx.touchRemote(v)
+	return tx.tx.Bucket(bucketPeerNets).Delete(peerNetKey(owner, v))
+}
+
+// MergeEndpoints takes over what a peer itself told of its endpoints in a
+// network. It reports whether the difference fitted: false means that it starts
+// from a version that we do not hold, and the caller must ask for everything.
+// Merging is idempotent, and an older difference changes nothing.
+func (tx *Tx) MergeEndpoints(owner HostID, since uint64, d Delta) (fits bool, err error) {
+	pn, err := tx.PeerNetwork(owner, d.VNI)
+	if errors.Is(err, ErrNotFound) {
+		return true, nil // the peer dropped the network meanwhile
+	}
+	if err != nil {
+		return false, err
+	}
+	same := pn.Epoch == d.Epoch
+	switch {
+	case same && pn.Seq >= d.Seq && pn.Seq != 0:
+		return true, nil
+	case !d.Full && (!same || pn.Seq < since):
+		return false, nil
+	}
+	if d.Full {
+		keep := map[EndpointID]bool{}
+		for _, e := range d.Endpoints {
+			keep[e.ID] = true
+		}
+		held, err := list[RemoteEndpoint](tx, bucketRemote, remoteKey(d.VNI, owner, ""))
+		if err != nil {
+			return false, err
+		}
+		for _, e := range held {
+			if !keep[e.ID] {
+				if err := tx.tx.Bucket(bucketRemote).Delete(remoteKey(d.VNI, owner, e.ID)); err != nil {
+					return false, err
+				}
+			}
+		}
+	}
+	for _, e := range d.Endpoints {
+		key := remoteKey(d.VNI, owner, e.ID)
+		if e.Gone {
+			err = tx.tx.Bucket(bucketRemote).Delete(key)
+		} else {
+			err = put(tx, bucketRemote, key, RemoteEndpoint{Owner: owner, SharedEndpoint: e})
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	tx.touchRemote(d.VNI)
+	pn.Epoch, pn.Seq = d.Epoch, d.Seq
+	return true, put(tx, bucketPeerNets, peerNetKey(owner, d.VNI), pn)
+}
+
+// RemoteEndpoints returns the peers' endpoints of a network, hidden ones too.
+func (tx *Tx) RemoteEndpoints(v VNI) ([]RemoteEndpoint, error) {
+	return list[RemoteEndpoint](tx, bucketRemote, vniKey(v))
+}
+
+// RunBy returns the networks with the VNI that peers run.
+func (tx *Tx) RunBy(v VNI) ([]PeerNetwork, error) {
+	all, err := list[PeerNetwork](tx, bucketPeerNets, nil)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(n PeerNetwork) bool { return n.VNI != v }), nil
+}

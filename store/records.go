@@ -1,0 +1,190 @@
+// Package store holds what one Weft host knows: its own records and those that
+// peers have shared with it, in one bbolt file (DB).
+//
+// A host works from this database alone; replication (store/gossip) is a task
+// beside it. Every record has one owner host, and only the owner writes it; a
+// foreign record arrives through Tx.MergeNetworks and Tx.MergeEndpoints.
+//
+// The package does not talk to Docker, to the kernel or to the network.
+package store
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// Errors on which callers decide. They are wrapped with the noun they concern.
+var (
+	ErrNotFound    = errors.New("not found")
+	ErrNewerSchema = errors.New("the database was written by a newer version of Weft")
+	ErrLocked      = errors.New("the database is in use by another process")
+)
+
+// NetworkID is Docker's id of a network: 64 hex digits standalone, 25 base-36
+// ones in Swarm. It differs from host to host; the VNI is what hosts share.
+type NetworkID string
+
+// EndpointID is Docker's id of an endpoint, unique in the cluster.
+type EndpointID string
+
+// HostID names a host: the first 16 bytes of SHA-256 of its public key, in hex.
+type HostID string
+
+// VNI is a VXLAN network identifier, 1 to MaxVNI (RFC 7348). It names a network
+// across hosts. HostVNI (0) stands for the host as a whole.
+type VNI uint32
+
+// Limits of a VNI. Below FirstVNI no VNI is chosen automatically, as Docker's
+// own overlay does.
+const (
+	HostVNI  VNI = 0
+	FirstVNI VNI = 4096
+	MaxVNI   VNI = 1<<24 - 1
+)
+
+// Host is a machine that runs Weft: this one or a peer.
+type Host struct {
+	ID        HostID     `json:"id"`
+	Name      string     `json:"name"`
+	PublicKey []byte     `json:"publicKey"` // Ed25519, 32 bytes
+	Address   netip.Addr `json:"address"`   // underlay address (VTEP), IPv4 or IPv6
+	DataPort  uint16     `json:"dataPort"`  // UDP port of VXLAN and TCP port of the record stream
+	Version   string     `json:"version"`   // of the plugin
+	Epoch     uint64     `json:"epoch"`     // of the owner's database; another value means "fetch all again"
+}
+
+// Peer is a foreign Host with what we know of its state.
+type Peer struct {
+	Host
+	// DeadSince is when membership lost the host; zero while it is alive.
+	DeadSince time.Time `json:"deadSince,omitzero"`
+	// Hidden: dead for so long that its records no longer reach the kernel.
+	Hidden bool `json:"hidden,omitempty"`
+	// Networks is the version of the peer's list of networks that we hold.
+	Networks uint64 `json:"networks,omitempty"`
+}
+
+// Subnet is one address range of a network, with the addresses that no endpoint
+// may have. Both families use it.
+type Subnet struct {
+	Pool    netip.Prefix            `json:"pool"`
+	Gateway netip.Addr              `json:"gateway,omitzero"`
+	Aux     map[string]netip.Prefix `json:"aux,omitempty"`
+}
+
+// Network is a network on this host, as Docker asked for it. The owner is this
+// host: on another host the same network (same VNI) has a record of its own.
+type Network struct {
+	ID       NetworkID         `json:"id"`
+	VNI      VNI               `json:"vni"`
+	Mode     string            `json:"mode"`          // "vxlan"
+	MTU      int               `json:"mtu,omitempty"` // bytes; 0 means underlay minus overhead
+	Internal bool              `json:"internal,omitempty"`
+	Subnets  []Subnet          `json:"subnets"`
+	Ifname   string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
+	Options  map[string]string `json:"options,omitempty"` // the -o options as given
+}
+
+// Prefixes returns the address ranges of the network in order.
+func (n Network) Prefixes() []netip.Prefix {
+	out := make([]netip.Prefix, 0, len(n.Subnets))
+	for _, s := range n.Subnets {
+		out = append(out, s.Pool)
+	}
+	return out
+}
+
+// Shared returns the part of the network that all hosts must agree on.
+func (n Network) Shared() SharedNetwork {
+	p := n.Prefixes()
+	slices.SortFunc(p, comparePrefix)
+	return SharedNetwork{VNI: n.VNI, Mode: n.Mode, Prefixes: p}
+}
+
+// SharedNetwork is what a host tells its peers of a network that it runs.
+type SharedNetwork struct {
+	VNI      VNI            `json:"vni"`
+	Mode     string         `json:"mode"`
+	Prefixes []netip.Prefix `json:"prefixes"` // sorted
+}
+
+// Agrees reports whether two hosts may run n and o as one network.
+func (n SharedNetwork) Agrees(o SharedNetwork) bool {
+	return n.VNI == o.VNI && n.Mode == o.Mode && slices.Equal(n.Prefixes, o.Prefixes)
+}
+
+// Endpoint is one container's interface on a network of this host.
+type Endpoint struct {
+	ID      EndpointID   `json:"id"`
+	Network NetworkID    `json:"network"`
+	VNI     VNI          `json:"vni"`
+	MAC     MAC          `json:"mac"`
+	IPv4    netip.Prefix `json:"ipv4,omitzero"`
+	IPv6    netip.Prefix `json:"ipv6,omitzero"`
+	// OwnMAC: the MAC is ours, so CreateEndpoint answers it (Docker refuses an
+	// answer that repeats what it gave).
+	OwnMAC  bool              `json:"ownMac,omitempty"`
+	Sandbox string            `json:"sandbox,omitempty"` // set by Join
+	Left    bool              `json:"left,omitempty"`    // set by Leave: no link any more
+	Created time.Time         `json:"created"`           // for people; nothing is decided by it
+	Ifname  string            `json:"ifname,omitempty"`
+	Options map[string]string `json:"options,omitempty"` // per-endpoint options as given
+	Seq     uint64            `json:"seq"`               // version of the network at the last change
+}
+
+// Shared returns the part of the endpoint that peers need.
+func (e Endpoint) Shared() SharedEndpoint {
+	return SharedEndpoint{ID: e.ID, MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(), Seq: e.Seq}
+}
+
+// SharedEndpoint is what a host tells its peers of an endpoint. The zero Addr
+// means that the endpoint has no address of that family. Gone marks a deletion.
+type SharedEndpoint struct {
+	ID   EndpointID `json:"id"`
+	MAC  MAC        `json:"mac,omitzero"`
+	IPv4 netip.Addr `json:"ipv4,omitzero"`
+	IPv6 netip.Addr `json:"ipv6,omitzero"`
+	Seq  uint64     `json:"seq"`
+	Gone bool       `json:"gone,omitempty"`
+}
+
+// RemoteEndpoint is a peer's endpoint.
+type RemoteEndpoint struct {
+	Owner HostID `json:"owner"`
+	SharedEndpoint
+}
+
+// Pool is an address pool that Docker requested from our IPAM driver. Its ID is
+// opaque to Docker and carries the address space, so that in Swarm the leader's
+// and the node's pool of one subnet are two.
+type Pool struct {
+	ID     string            `json:"id"`
+	Space  string            `json:"space"`
+	Prefix netip.Prefix      `json:"prefix"`
+	Sub    netip.Prefix      `json:"sub,omitzero"` // --ip-range; addresses are chosen inside it
+	Auto   bool              `json:"auto,omitempty"`
+	Refs   int               `json:"refs"`          // RequestPool minus ReleasePool
+	Next   netip.Addr        `json:"next,omitzero"` // where the search for a free address goes on
+	Opts   map[string]string `json:"opts,omitempty"`
+}
+
+// Lease is an address taken from a Pool. A released address stays as a lease with
+// Freed set until the cooling time is over, so that no stale flow reaches a new
+// owner.
+type Lease struct {
+	Pool    string     `json:"pool"`
+	Address netip.Addr `json:"address"`
+	Kind    string     `json:"kind"` // "gateway", "fixed" (asked for by address) or "auto"
+	Taken   time.Time  `json:"taken"`
+	Freed   time.Time  `json:"freed,omitzero"`
+	Tag     string     `json:"tag,omitempty"` // container name, where the engine tells it
+}
+
+func comparePrefix(a, b netip.Prefix) int {
+	if c := a.Addr().Compare(b.Addr()); c != 0 {
+		return c
+	}
+	return a.Bits() - b.Bits()
+}

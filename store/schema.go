@@ -1,0 +1,82 @@
+package store
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+
+	"go.etcd.io/bbolt"
+)
+
+// Schema is the version of the database's layout that this build writes. A newer
+// one is refused, an older one is migrated by prepareSchema.
+const Schema = 1
+
+var (
+	keySchema = []byte("schema")
+	keyEpoch  = []byte("epoch")
+)
+
+// prepareSchema makes the buckets of a new database or checks the version of an
+// old one, and returns its epoch: a random number that peers compare, so that
+// they fetch everything again after a database was lost.
+func prepareSchema(tx *bbolt.Tx) (epoch uint64, err error) {
+	for _, b := range buckets {
+		if _, err := tx.CreateBucketIfNotExists(b); err != nil {
+			return 0, err
+		}
+	}
+	switch v := getUint(tx, bucketMeta, keySchema); {
+	case v > Schema:
+		return 0, fmt.Errorf("%w: its schema is %d, this version knows %d; install the newer plugin again", ErrNewerSchema, v, Schema)
+	case v == 0:
+		if err := putUint(tx, bucketMeta, keySchema, Schema); err != nil {
+			return 0, err
+		}
+	}
+	epoch = getUint(tx, bucketMeta, keyEpoch)
+	if epoch == 0 {
+		var b [8]byte
+		_, _ = rand.Read(b[:]) // never fails (crypto/rand)
+		epoch = binary.BigEndian.Uint64(b[:]) | 1
+		if err := putUint(tx, bucketMeta, keyEpoch, epoch); err != nil {
+			return 0, err
+		}
+	}
+	return epoch, nil
+}
+
+// checkRecords decodes every record once.
+func checkRecords(b *bbolt.Tx) error {
+	check := func(bucket []byte, decode func([]byte) error) error {
+		return b.Bucket(bucket).ForEach(func(k, v []byte) error {
+			if err := decode(v); err != nil {
+				return damageError{fmt.Errorf("record %q in %s: %w", k, bucket, err)}
+			}
+			return nil
+		})
+	}
+	for _, c := range []struct {
+		bucket []byte
+		decode func([]byte) error
+	}{
+		{bucketNetworks, decodes[Network]},
+		{bucketEndpoints, decodes[Endpoint]},
+		{bucketPeers, decodes[Peer]},
+		{bucketPeerNets, decodes[PeerNetwork]},
+		{bucketRemote, decodes[RemoteEndpoint]},
+		{bucketPools, decodes[Pool]},
+		{bucketLeases, decodes[Lease]},
+	} {
+		if err := check(c.bucket, c.decode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func decodes[T any](raw []byte) error {
+	var v T
+	return json.Unmarshal(raw, &v)
+}
