@@ -1,8 +1,6 @@
 package dataplane
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -16,8 +14,6 @@ import (
 const (
 	bridgePrefix = "weftb"
 	vxlanPrefix  = "weftx"
-	vethPrefix   = "weftv"
-	peerPrefix   = "weftc"
 
 	// LinkPrefix begins the name of every link of ours.
 	LinkPrefix = "weft"
@@ -33,13 +29,10 @@ func BridgeName(v store.VNI) string { return bridgePrefix + strconv.Itoa(int(v))
 func VXLANName(v store.VNI) string { return vxlanPrefix + strconv.Itoa(int(v)) }
 
 // VethName returns the name of the host's side of an endpoint's link.
-func VethName(e store.EndpointID) string {
-	sum := sha256.Sum256([]byte(e))
-	return vethPrefix + hex.EncodeToString(sum[:5])
-}
+func VethName(e store.EndpointID) string { return e.HostLink() }
 
 // PeerName returns the name that the container's side has until Docker moves it.
-func PeerName(veth string) string { return peerPrefix + strings.TrimPrefix(veth, vethPrefix) }
+func PeerName(veth string) string { return store.ContainerLink(veth) }
 
 // The alias of a link says whose it is and holds what a host needs to rebuild its
 // records when the database was lost. The kernel keeps at most 255 bytes.

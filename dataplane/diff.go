@@ -43,7 +43,7 @@ func Diff(want, have Plan) []Op {
 	var ops []Op
 	for k, w := range want {
 		h, ok := have[k]
-		if v, isVeth := w.(Veth); isVeth && v.Joined && !ok {
+		if !ok && lost(w, want, have) {
 			continue
 		}
 		if !ok {
@@ -62,6 +62,23 @@ func Diff(want, have Plan) []Op {
 	slices.SortFunc(ops, byKey)
 	slices.SortFunc(gone, func(a, b Op) int { return -byKey(a, b) })
 	return append(ops, gone...)
+}
+
+// lost reports whether w is a joined link, or belongs to one, that is not there.
+func lost(w Object, want, have Plan) bool {
+	name := ""
+	switch o := w.(type) {
+	case Veth:
+		name = o.Name
+	case FDB:
+		name = o.Link
+	default:
+		return false
+	}
+	key := Key{KindVeth, name}
+	v, ok := want[key].(Veth)
+	_, there := have[key]
+	return ok && v.Joined && !there
 }
 
 // same reports whether the kernel need not be changed. Of chains only the hash is

@@ -117,6 +117,10 @@ func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
 		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
 			if a.IsValid() {
 				ip[a] = true
+			}
+			// The kernel takes no IPv6 neighbours on a bridge that is closed
+			// to IPv6: neighbour solicitations go to the peers instead.
+			if a.Is4() {
 				p.Add(Neigh{Link: bridge, IP: a, MAC: e.MAC})
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -142,10 +143,10 @@ func (db *DB) Self() Host {
 
 // SetAddress changes this host's underlay address, and says so to watchers of
 // HostVNI when it differs.
-func (db *DB) SetAddress(self Host) {
+func (db *DB) SetAddress(a netip.Addr) {
 	db.mu.Lock()
-	changed := db.self.Address != self.Address
-	db.self.Address = self.Address
+	changed := db.self.Address != a
+	db.self.Address = a
 	db.mu.Unlock()
 	if changed {
 		db.notify(map[VNI]bool{HostVNI: true})

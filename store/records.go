@@ -9,9 +9,12 @@
 package store
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -28,6 +31,24 @@ type NetworkID string
 
 // EndpointID is Docker's id of an endpoint, unique in the cluster.
 type EndpointID string
+
+// HostLink returns the name of the host's side of the endpoint's link. Docker's
+// ids are longer than the kernel's 15 characters and not always hex.
+func (e EndpointID) HostLink() string {
+	sum := sha256.Sum256([]byte(e))
+	return hostLinkPrefix + hex.EncodeToString(sum[:5])
+}
+
+// ContainerLink returns the name of the container's side of a link, until Docker
+// moves and renames it.
+func ContainerLink(hostLink string) string {
+	return containerLinkPrefix + strings.TrimPrefix(hostLink, hostLinkPrefix)
+}
+
+const (
+	hostLinkPrefix      = "weftv"
+	containerLinkPrefix = "weftc"
+)
 
 // HostID names a host: the first 16 bytes of SHA-256 of its public key, in hex.
 type HostID string

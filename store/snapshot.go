@@ -14,6 +14,7 @@ type Snapshot struct {
 	Endpoints []Endpoint
 	Peers     []Peer           // that run the network and are not hidden, sorted by id
 	Remote    []RemoteEndpoint // of those peers, sorted by owner and id
+	Hidden    []Peer           // that run the network as far as we know, but are hidden
 }
 
 // HostSnapshot is one consistent copy of all that decides what the kernel must
@@ -28,6 +29,7 @@ type HostSnapshot struct {
 // records take some 30 ms to decode, too long for each call of Docker.
 type remoteView struct {
 	peers  []Peer
+	hidden []Peer
 	remote []RemoteEndpoint
 }
 
@@ -55,7 +57,7 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 			return err
 		}
 		view, err := db.remoteView(tx, v, n.Shared())
-		s.Peers, s.Remote = view.peers, view.remote
+		s.Peers, s.Hidden, s.Remote = view.peers, view.hidden, view.remote
 		return err
 	})
 	return s, err
@@ -93,8 +95,11 @@ func (db *DB) remoteView(tx *Tx, v VNI, own SharedNetwork) (remoteView, error) {
 		if err != nil {
 			return remoteView{}, err
 		}
-		// A peer whose network differs is not part of ours: status says so.
-		if !p.Hidden && r.Agrees(own) {
+		switch {
+		case !r.Agrees(own): // not part of our network: status says so
+		case p.Hidden:
+			view.hidden = append(view.hidden, p)
+		default:
 			shown[p.ID] = true
 			view.peers = append(view.peers, p)
 		}

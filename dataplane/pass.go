@@ -1,0 +1,308 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/weftnet/weft/store"
+)
+
+// A pass that would take away more than guardPeers VTEPs and more than half of a
+// network's, of peers that have not said themselves that they left it, stops.
+const guardPeers = 10
+
+// pass makes the kernel match the records of one network. The host's rules come
+// first, since they guard its links, but go last. The error is for what kept the
+// pass from running at all.
+func (l *Loop) pass(ctx context.Context, v store.VNI) ([]*OpError, error) {
+	host := l.network(store.HostVNI)
+	if v != store.HostVNI && (!host.due.IsZero() || host.lookedAt.IsZero()) {
+		if s, err := l.db.HostSnapshot(); err == nil && len(s.Networks) > 0 {
+			if errs, err := l.passOne(ctx, store.HostVNI); err != nil || len(errs) > 0 {
+				_, _ = l.passOne(ctx, v)
+				return errs, err
+			}
+		}
+	}
+	if v == store.HostVNI {
+		if s, err := l.db.HostSnapshot(); err == nil && len(s.Networks) == 0 {
+			for o, n := range l.networks {
+				if o != store.HostVNI && !n.due.IsZero() {
+					_, _ = l.passOne(ctx, o)
+				}
+			}
+		}
+	}
+	return l.passOne(ctx, v)
+}
+
+func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
+	ctx, cancel := context.WithTimeout(ctx, passLimit)
+	defer cancel()
+	l.takeRecords() // so that a change of records is not taken for drift
+	n := l.network(v)
+	changed, fresh := n.changed, n.have == nil
+	n.due, n.changed = time.Time{}, false
+	want, have, err := l.compare(ctx, v, fresh)
+	if err != nil {
+		l.done(v, 0, nil, "", err)
+		return nil, err
+	}
+	ops, held := l.withhold(v, Diff(want, have))
+	errs := l.kernel.Apply(ctx, ops)
+	if len(errs) > 0 && !fresh {
+		n.have = nil // it was not as remembered: look, and try once more
+		n.changed = changed
+		return l.passOne(ctx, v)
+	}
+	n.have = have
+	apply(n.have, ops)
+	if fresh && !changed && n.failures == 0 && len(ops) > len(errs) {
+		l.repaired(v, ops)
+	}
+	l.done(v, len(want), ops, held, joinErrors(errs))
+	if fresh {
+		l.findMissing(v, want, have)
+	}
+	return errs, nil
+}
+
+// compare returns what the kernel should hold and what it holds for a network.
+func (l *Loop) compare(ctx context.Context, v store.VNI, fresh bool) (want, have Plan, err error) {
+	n := l.network(v)
+	if v == store.HostVNI {
+		if fresh {
+			if err := l.findUnderlay(ctx); err != nil {
+				return nil, nil, err
+			}
+		}
+		s, err := l.db.HostSnapshot()
+		if err != nil {
+			return nil, nil, err
+		}
+		want = PlanHost(s, l.Underlay())
+	} else {
+		if l.network(store.HostVNI).lookedAt.IsZero() {
+			if err := l.findUnderlay(ctx); err != nil {
+				return nil, nil, err
+			}
+		}
+		s, err := l.db.Snapshot(v)
+		if err != nil {
+			return nil, nil, err
+		}
+		if want, err = PlanNetwork(s, l.Underlay()); err != nil {
+			return nil, nil, err
+		}
+	}
+	if !fresh && n.have != nil {
+		return want, n.have, nil
+	}
+	n.lookedAt = time.Now()
+	have, err = l.kernel.Read(ctx, v)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read the kernel: %w", err)
+	}
+	return want, have, nil
+}
+
+// apply changes a plan as the kernel was changed.
+func apply(have Plan, ops []Op) {
+	for _, op := range ops {
+		if op.Verb == Put {
+			have.Add(op.Object)
+		} else {
+			delete(have, op.Object.Key())
+		}
+	}
+}
+
+// findUnderlay looks for the host's address and link. A change makes all networks
+// due, for their links are bound to it.
+func (l *Loop) findUnderlay(ctx context.Context) error {
+	u, err := l.kernel.Underlay(ctx, l.address)
+	if err != nil {
+		return fmt.Errorf("look for the underlay: %w", err)
+	}
+	l.mu.Lock()
+	old := l.underlay
+	l.underlay = u
+	l.mu.Unlock()
+	if old == u {
+		return nil
+	}
+	l.log.Info("underlay", "address", u.Address, "link", u.Link, "mtu", u.MTU)
+	if u.NoChecksum {
+		l.log.Info("checksum offload of VXLAN links is switched off", "reason", u.Reason)
+	}
+	l.db.SetAddress(u.Address)
+	for v := range l.networks {
+		if v != store.HostVNI {
+			l.mark(v)
+		}
+	}
+	return nil
+}
+
+// withhold takes out the deletions that must wait: all of what peers own until
+// the cluster is in sync, and those of many peers at once that are merely silent.
+func (l *Loop) withhold(v store.VNI, ops []Op) (_ []Op, held string) {
+	if v == store.HostVNI || !slices.ContainsFunc(ops, foreignDelete) {
+		return ops, ""
+	}
+	s, err := l.db.Snapshot(v)
+	if err != nil || s.Network == nil {
+		return ops, ""
+	}
+	switch silent := countSilent(ops, s); {
+	case !l.inSync():
+		held = "the hosts have not been heard yet; entries of unknown peers stay until then"
+	case silent > guardPeers && silent > len(s.Peers):
+		held = fmt.Sprintf("%d of %d peers are silent at once; their entries stay until they are back or forgotten", silent, silent+len(s.Peers))
+	default:
+		return ops, ""
+	}
+	return slices.DeleteFunc(ops, foreignDelete), held
+}
+
+func foreignDelete(op Op) bool {
+	if op.Verb != Delete {
+		return false
+	}
+	switch o := op.Object.(type) {
+	case FDB:
+		return o.Dst.IsValid() || o.Master && len(o.Link) > len(vxlanPrefix) && o.Link[:len(vxlanPrefix)] == vxlanPrefix
+	case Neigh:
+		return true
+	}
+	return false
+}
+
+// countSilent counts the VTEPs that would go although their owner did not say so.
+func countSilent(ops []Op, s store.Snapshot) int {
+	count := 0
+	for _, op := range ops {
+		if f, ok := op.Object.(FDB); ok && op.Verb == Delete && f.MAC.IsZero() &&
+			slices.ContainsFunc(s.Hidden, func(p store.Peer) bool { return p.Address == f.Dst }) {
+			count++
+		}
+	}
+	return count
+}
+
+// repaired says once that something else had changed the kernel.
+func (l *Loop) repaired(v store.VNI, ops []Op) {
+	kinds := map[string]int{}
+	l.mu.Lock()
+	for _, op := range ops {
+		kinds[op.Object.Key().Kind.String()]++
+		l.stats.Repaired[op.Object.Key().Kind.String()]++
+	}
+	l.mu.Unlock()
+	// A few lines tell what happened; a whole lost network would be thousands.
+	text := make([]string, 0, 3)
+	for _, op := range ops[:min(len(ops), cap(text))] {
+		text = append(text, op.String())
+	}
+	l.log.Warn("kernel repaired: it did not match the records", "vni", v, "objects", kinds, "first", text)
+}
+
+// findMissing notes the endpoints whose link has vanished after Docker took it.
+func (l *Loop) findMissing(v store.VNI, want, have Plan) {
+	var missing []store.EndpointID
+	for k, o := range want {
+		if veth, ok := o.(Veth); ok && veth.Joined {
+			if _, there := have[k]; !there {
+				if e, ok := ParseEndpointAlias(veth.Alias); ok {
+					missing = append(missing, e.ID)
+				}
+			}
+		}
+	}
+	l.mu.Lock()
+	l.missing[v] = missing
+	l.mu.Unlock()
+}
+
+// Missing returns the endpoints of a network that Docker had joined and whose link
+// was not there at the last reading: the container is gone, or somebody deleted it.
+func (l *Loop) Missing(v store.VNI) []store.EndpointID {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.missing[v])
+}
+
+// done records how a pass went and plans the next try after a failure. Only a
+// change of health is logged.
+func (l *Loop) done(v store.VNI, objects int, ops []Op, held string, err error) {
+	n, now := l.network(v), time.Now()
+	l.mu.Lock()
+	old := l.status[v]
+	s := NetworkStatus{VNI: v, LastPass: now, Objects: objects, Held: held}
+	l.stats.Passes++
+	l.stats.Ops += uint64(len(ops))
+	if err != nil {
+		l.stats.Failures++
+		s.Err, s.Since = err.Error(), now
+		if !old.Since.IsZero() {
+			s.Since = old.Since
+		}
+	}
+	if objects == 0 && err == nil && v != store.HostVNI {
+		delete(l.status, v)
+		delete(l.missing, v)
+	} else {
+		l.status[v] = s
+	}
+	l.mu.Unlock()
+	switch {
+	case err != nil && old.Err == "":
+		l.log.Error("kernel does not match the records; trying on", "vni", v, "err", err)
+	case err == nil && old.Err != "":
+		l.log.Info("kernel matches the records again", "vni", v)
+	}
+	if held != "" && old.Held == "" {
+		l.log.Warn("deletions held back", "vni", v, "reason", held)
+	}
+	switch {
+	case err != nil:
+		n.failures++
+		n.have = nil
+		n.dueAt(now.Add(min(retryFirst<<min(n.failures-1, 10), retryLast)))
+	case held != "":
+		n.failures = 0
+		n.dueAt(now.Add(5 * time.Second))
+	case objects == 0 && v != store.HostVNI && n.due.IsZero() && !n.changed:
+		delete(l.networks, v)
+	default:
+		n.failures = 0
+	}
+}
+
+func joinErrors(errs []*OpError) error {
+	all := make([]error, 0, len(errs))
+	for _, e := range errs {
+		all = append(all, e)
+	}
+	return errors.Join(all...)
+}
+
+// Status returns the last pass of each network and of the host, sorted by VNI.
+func (l *Loop) Status() []NetworkStatus {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.SortedFunc(maps.Values(l.status), func(a, b NetworkStatus) int { return int(a.VNI) - int(b.VNI) })
+}
+
+// Stats returns the counters.
+func (l *Loop) Stats() Stats {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.stats
+	s.Repaired = maps.Clone(s.Repaired)
+	return s
+}

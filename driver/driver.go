@@ -1,0 +1,234 @@
+// Package driver is the NetworkDriver: it turns Docker's calls into records and
+// waits until the kernel holds them.
+//
+// A call checks its request against the records in one transaction, writes the
+// record, and calls Syncer. If that fails, the record that this call made is
+// deleted again, and the data plane removes what is left: there is no undo code.
+// Calls are idempotent by id, since Docker repeats them after a crash and asks for
+// clean-up only once. Nothing here calls Docker.
+//
+// The protocol is described in moby daemon/libnetwork/docs/remote.md.
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"reflect"
+	"time"
+
+	"github.com/docker/go-plugins-helpers/network"
+
+	"github.com/weftnet/weft/store"
+)
+
+// Syncer makes the kernel match the records.
+type Syncer interface {
+	// Sync returns nil when the kernel holds the endpoint, or with no endpoint
+	// the network itself; otherwise it says what is in the way.
+	Sync(ctx context.Context, v store.VNI, e store.EndpointID) error
+	// Missing returns the joined endpoints whose link is gone.
+	Missing(v store.VNI) []store.EndpointID
+}
+
+// Route is a route of the host that a network must not overlap.
+type Route struct {
+	Prefix netip.Prefix
+	Link   string
+}
+
+// VXLAN is a VXLAN device of somebody else on this host.
+type VXLAN struct {
+	Name string
+	VNI  store.VNI
+	Port uint16
+}
+
+// Config is what a Driver works with. All fields are needed.
+type Config struct {
+	DB     *store.DB
+	Sync   Syncer
+	Routes func(context.Context) ([]Route, error)
+	VXLANs func(context.Context) ([]VXLAN, error)
+	Log    *slog.Logger
+}
+
+// Driver answers the calls of the NetworkDriver protocol. It has no state beside
+// the database; its methods may run at the same time.
+type Driver struct{ Config }
+
+// New returns a driver.
+func New(c Config) *Driver { return &Driver{c} }
+
+// GetCapabilities says what is the only working answer standalone on every
+// engine: networks of this host that reach others.
+func GetCapabilities() Capabilities {
+	return Capabilities{Scope: network.LocalScope, ConnectivityScope: network.GlobalScope}
+}
+
+// CreateNetwork records a network and makes its bridge, its VXLAN device and the
+// rules.
+func (d *Driver) CreateNetwork(ctx context.Context, r network.CreateNetworkRequest) (struct{}, error) {
+	n, err := parseNetwork(r)
+	if err != nil {
+		return struct{}{}, fmt.Errorf("create network: %w", err)
+	}
+	made, err := d.addNetwork(ctx, &n)
+	if err != nil {
+		return struct{}{}, fmt.Errorf("create network: %w", err)
+	}
+	store.FailPoint("driver.CreateNetwork.written")
+	if err := d.Sync.Sync(ctx, n.VNI, ""); err != nil {
+		if made {
+			err = errors.Join(err, d.forget(func(tx *store.Tx) error { return tx.DeleteNetwork(n.ID) }))
+		}
+		return struct{}{}, fmt.Errorf("create network: vni %d: %w", n.VNI, err)
+	}
+	store.FailPoint("driver.CreateNetwork.synced")
+	return struct{}{}, nil
+}
+
+// addNetwork writes the record unless the same one is there. n gets its VNI.
+func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, err error) {
+	routes, err := d.Routes(ctx)
+	if err != nil {
+		return false, fmt.Errorf("routes of the host: %w", err)
+	}
+	foreign, err := d.VXLANs(ctx)
+	if err != nil {
+		return false, fmt.Errorf("VXLAN devices of the host: %w", err)
+	}
+	store.FailPoint("driver.CreateNetwork.checked")
+	err = d.DB.Update(ctx, func(tx *store.Tx) error {
+		old, err := tx.Network(n.ID)
+		if err == nil {
+			if n.VNI == 0 {
+				n.VNI = old.VNI
+			}
+			if !reflect.DeepEqual(normal(old), normal(*n)) {
+				return fmt.Errorf("network %s exists with subnets %v and options %v, not %v and %v; remove it first",
+					n.ID, old.Prefixes(), old.Options, n.Prefixes(), n.Options)
+			}
+			return nil
+		}
+		if !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		if err := checkClashes(tx, *n, routes); err != nil {
+			return err
+		}
+		if err := chooseVNI(tx, n, foreign, d.DB.Self().DataPort); err != nil {
+			return err
+		}
+		made = true
+		return tx.PutNetwork(*n)
+	})
+	return made, err
+}
+
+// normal removes the difference between nothing and an empty map.
+func normal(n store.Network) store.Network {
+	if len(n.Options) == 0 {
+		n.Options = nil
+	}
+	return n
+}
+
+// checkClashes refuses subnets that overlap a route of the host or another
+// network.
+func checkClashes(tx *store.Tx, n store.Network, routes []Route) error {
+	all, err := tx.Networks()
+	if err != nil {
+		return err
+	}
+	for _, s := range n.Subnets {
+		for _, o := range all {
+			for _, p := range o.Prefixes() {
+				if p.Overlaps(s.Pool) {
+					return fmt.Errorf("subnet %s overlaps %s of Weft network %.12s (vni %d); choose another", s.Pool, p, o.ID, o.VNI)
+				}
+			}
+		}
+		for _, r := range routes {
+			if r.Prefix.Overlaps(s.Pool) {
+				return fmt.Errorf("subnet %s overlaps the host's route %s on %s; choose another", s.Pool, r.Prefix, r.Link)
+			}
+		}
+	}
+	return nil
+}
+
+// chooseVNI checks the VNI asked for, or takes the lowest free one from FirstVNI.
+// One that a peer runs with other subnets is another network, and not free.
+func chooseVNI(tx *store.Tx, n *store.Network, foreign []VXLAN, port uint16) error {
+	if n.VNI != 0 {
+		return checkVNI(tx, *n, foreign, port)
+	}
+	for v := store.FirstVNI; v <= store.MaxVNI; v++ {
+		try := *n
+		try.VNI = v
+		err := checkVNI(tx, try, foreign, port)
+		if err == nil {
+			n.VNI = v
+			return nil
+		}
+		if !errors.As(err, new(clashError)) {
+			return err
+		}
+	}
+	return errors.New("all VNIs are taken on this host")
+}
+
+// clashError says who has a VNI.
+type clashError struct{ error }
+
+func checkVNI(tx *store.Tx, n store.Network, foreign []VXLAN, port uint16) error {
+	o, err := tx.NetworkByVNI(n.VNI)
+	if err == nil {
+		return clashError{fmt.Errorf("vni %d belongs to Weft network %.12s with subnets %v on this host; choose another", n.VNI, o.ID, o.Prefixes())}
+	}
+	if !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	for _, f := range foreign {
+		if f.VNI == n.VNI && f.Port == port {
+			return clashError{fmt.Errorf("vni %d with UDP port %d belongs to the link %s, which is not Weft's; choose another vni", n.VNI, port, f.Name)}
+		}
+	}
+	peers, err := tx.RunBy(n.VNI)
+	if err != nil {
+		return err
+	}
+	for _, p := range peers {
+		if !p.Agrees(n.Shared()) {
+			return clashError{fmt.Errorf("vni %d is a network with subnets %v on host %s, here it would have %v; use the same --subnet, or another vni",
+				n.VNI, p.Prefixes, hostName(tx, p.Owner), n.Shared().Prefixes)}
+		}
+	}
+	return nil
+}
+
+func hostName(tx *store.Tx, id store.HostID) string {
+	p, err := tx.Peer(id)
+	if err != nil || p.Name == "" {
+		return string(id)
+	}
+	return p.Name
+}
+
+// DeleteNetwork removes a network. An unknown one is no error: Docker asks once.
+func (d *Driver) DeleteNetwork(ctx context.Context, r network.DeleteNetworkRequest) (struct{}, error) {
+	store.FailPoint("driver.DeleteNetwork.before")
+	err := d.DB.Update(ctx, func(tx *store.Tx) error { return tx.DeleteNetwork(store.NetworkID(r.NetworkID)) })
+	store.FailPoint("driver.DeleteNetwork.written")
+	return struct{}{}, err
+}
+
+// forget deletes a record after its call failed, also when the call's time is up.
+func (d *Driver) forget(fn func(*store.Tx) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return d.DB.Update(ctx, fn)
+}

@@ -1,0 +1,199 @@
+package driver
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/weftnet/weft/store"
+)
+
+// settings is what the options of a network say.
+type settings struct {
+	mode     string
+	vni      store.VNI // 0: choose one
+	mtu      int       // bytes; 0: automatic
+	internal bool
+	ifname   string
+}
+
+// Option is one key of `docker network create -o KEY=VALUE`.
+type Option struct {
+	Key     string
+	Aliases []string // Docker's own names for it; weft.KEY is understood too
+	Default string
+	Help    string
+	set     func(*settings, string) error
+}
+
+// options returns the table of all network options. README's table is printed
+// from it.
+func options() []Option {
+	return []Option{
+		{Key: "mode", Default: "vxlan", Help: "datapath between the hosts; this version has `vxlan`",
+			set: func(s *settings, v string) error {
+				if v != "vxlan" {
+					return fmt.Errorf("%s is not a mode of this version; use vxlan", clip(v))
+				}
+				s.mode = v
+				return nil
+			}},
+		{Key: "vni", Aliases: []string{"com.docker.network.driver.overlay.vxlanid_list"}, Default: "the next free one from 4096",
+			Help: "VXLAN network identifier, 1 to 16777215; the same VNI on two hosts is the same network",
+			set: func(s *settings, v string) error {
+				if strings.Contains(v, ",") {
+					return fmt.Errorf("%s is a list; a network has one vni for all its subnets", clip(v))
+				}
+				n, err := strconv.ParseUint(v, 10, 32)
+				if err != nil || n < 1 || n > uint64(store.MaxVNI) {
+					return fmt.Errorf("%s is not a vni; choose a number from 1 to %d", clip(v), store.MaxVNI)
+				}
+				s.vni = store.VNI(n)
+				return nil
+			}},
+		{Key: "mtu", Aliases: []string{"com.docker.network.driver.mtu"}, Default: "underlay minus 50 (IPv4) or 70 (IPv6)",
+			Help: "MTU of the containers' interfaces in bytes, 68 to 65535 (1280 or more with IPv6)",
+			set: func(s *settings, v string) error {
+				n, err := strconv.Atoi(v)
+				if err != nil || n < 68 || n > 65535 {
+					return fmt.Errorf("%s is not an MTU; choose a number from 68 to 65535", clip(v))
+				}
+				s.mtu = n
+				return nil
+			}},
+		{Key: "gateway", Default: "docker", Help: "who leads out of the network; `docker`: docker_gwbridge masquerades and publishes ports",
+			set: func(_ *settings, v string) error {
+				if v != "docker" {
+					return fmt.Errorf("%s is not a gateway of this version; use docker", clip(v))
+				}
+				return nil
+			}},
+		{Key: "internal", Aliases: []string{"com.docker.network.internal"}, Default: "false", Help: "no way out of the network; the same as `--internal`",
+			set: func(s *settings, v string) (err error) {
+				s.internal, err = parseBool(v)
+				return err
+			}},
+		{Key: "encrypted", Default: "false", Help: "this version cannot encrypt and refuses a network that asks for it",
+			set: func(_ *settings, v string) error {
+				on, err := parseBool(v)
+				if err == nil && on {
+					err = fmt.Errorf("this version cannot encrypt between hosts; leave the option out, or keep the network on a trusted underlay")
+				}
+				return err
+			}},
+		{Key: "ifname", Aliases: []string{"com.docker.network.container_iface_prefix"}, Default: "eth", Help: "prefix of the interface name in containers, at most 12 letters, digits, - and _",
+			set: func(s *settings, v string) error {
+				if !validIfname(v, 12) {
+					return fmt.Errorf("%s cannot begin an interface name; use at most 12 letters, digits, - and _, beginning with a letter", clip(v))
+				}
+				s.ifname = v
+				return nil
+			}},
+	}
+}
+
+// Options returns the table of network options, for the documentation.
+func Options() []Option { return options() }
+
+// parseBool reads a switch as Docker's users write it. No value means on.
+func parseBool(v string) (bool, error) {
+	switch strings.ToLower(v) {
+	case "", "true", "1", "yes", "on":
+		return true, nil
+	case "false", "0", "no", "off":
+		return false, nil
+	}
+	return false, fmt.Errorf("%s is neither true nor false", clip(v))
+}
+
+func validIfname(v string, most int) bool {
+	if v == "" || len(v) > most || v == "lo" {
+		return false
+	}
+	for i, r := range v {
+		letter := r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z'
+		if !letter && (i == 0 || (r < '0' || r > '9') && r != '-' && r != '_') {
+			return false
+		}
+	}
+	return true
+}
+
+// parseOptions reads the -o options of a network. One key twice under different
+// names must say the same.
+func parseOptions(given map[string]string) (settings, error) {
+	s := settings{mode: "vxlan"}
+	table := options()
+	seen := map[string]string{}
+	keys := make([]string, 0, len(given))
+	for k := range given {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	for _, k := range keys {
+		i := slices.IndexFunc(table, func(o Option) bool {
+			return k == o.Key || k == "weft."+o.Key || slices.Contains(o.Aliases, k)
+		})
+		if i < 0 {
+			return s, fmt.Errorf("option %s is not known%s; the README lists them all", clip(k), nearest(k, table))
+		}
+		o := table[i]
+		if first, twice := seen[o.Key]; twice && given[first] != given[k] {
+			return s, fmt.Errorf("options %s=%s and %s=%s contradict each other; give one of them", first, clip(given[first]), k, clip(given[k]))
+		}
+		seen[o.Key] = k
+		if err := o.set(&s, given[k]); err != nil {
+			return s, fmt.Errorf("option %s: %w", k, err)
+		}
+	}
+	return s, nil
+}
+
+// nearest names the known option whose spelling is closest, if any is close.
+func nearest(k string, table []Option) string {
+	best, at := "", len(k)/2+1
+	for _, o := range table {
+		for _, name := range append([]string{o.Key, "weft." + o.Key}, o.Aliases...) {
+			if d := distance(strings.ToLower(k), name); d < at {
+				best, at = name, d
+			}
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return ", did you mean " + best + "?"
+}
+
+// distance is the Levenshtein distance. Long keys are cut: they are no typing
+// error.
+func distance(a, b string) int {
+	a, b = a[:min(len(a), 64)], b[:min(len(b), 64)]
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+// clip quotes a value of the user's for a message, shortened.
+func clip(v string) string {
+	const most = 80
+	if len(v) > most {
+		return strconv.Quote(v[:most]) + "…"
+	}
+	return strconv.Quote(v)
+}
