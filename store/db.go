@@ -115,6 +115,14 @@ func openChecked(path string) (_ *bbolt.DB, epoch uint64, err error) {
 	if err != nil {
 		return nil, 0, err
 	}
+	// The lock is held from here on, so nobody writes while the file is read.
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, 0, err
+	}
+	if err := checkPages(raw, uint64(bolt.Info().PageSize)); err != nil {
+		return nil, 0, damageError{err}
+	}
 	err = bolt.Update(func(tx *bbolt.Tx) error {
 		epoch, err = prepareSchema(tx)
 		return err
@@ -122,12 +130,7 @@ func openChecked(path string) (_ *bbolt.DB, epoch uint64, err error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	err = bolt.View(func(tx *bbolt.Tx) error {
-		for e := range tx.Check() {
-			return damageError{e}
-		}
-		return checkRecords(tx)
-	})
+	err = bolt.View(checkRecords)
 	return bolt, epoch, err
 }
 

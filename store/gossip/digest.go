@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/hashicorp/memberlist"
+
 	"github.com/weftnet/weft/store"
 )
 
@@ -151,3 +153,15 @@ type broadcast struct {
 func newBroadcast(d digest) *broadcast {
 	return &broadcast{name: fmt.Sprintf("%s/%d", d.Host, d.VNI), msg: d.encode()}
 }
+
+// Name implements memberlist.NamedBroadcast.
+func (b *broadcast) Name() string { return b.name }
+
+// Message implements memberlist.Broadcast.
+func (b *broadcast) Message() []byte { return b.msg }
+
+// Finished implements memberlist.Broadcast.
+func (b *broadcast) Finished() {}
+
+// Invalidates implements memberlist.Broadcast; the queue compares Name itself.
+func (b *broadcast) Invalidates(memberlist.Broadcast) bool { return false }

@@ -1,0 +1,121 @@
+package kerneltest
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/store"
+)
+
+// The underlay that a kernel under Suite must have.
+const (
+	UnderlayLink = "under0"
+	UnderlayMTU  = 1500
+)
+
+// Addresses of the underlay's link, of both families, on one host.
+var (
+	Underlay4 = netip.MustParseAddr("192.0.2.1")
+	Underlay6 = netip.MustParseAddr("2001:db8::1")
+)
+
+// Port is the UDP port of VXLAN in the examples.
+const Port = 4797
+
+// Example is a network as records tell it.
+type Example struct {
+	Name     string
+	Snapshot store.Snapshot
+	Underlay dataplane.Underlay
+}
+
+// Plan returns what the kernel must hold for the network.
+func (e Example) Plan() (dataplane.Plan, error) {
+	return dataplane.PlanNetwork(e.Snapshot, e.Underlay)
+}
+
+// HostPlan returns what the kernel must hold for the host.
+func (e Example) HostPlan() dataplane.Plan {
+	var networks []store.Network
+	if e.Snapshot.Network != nil {
+		networks = append(networks, *e.Snapshot.Network)
+	}
+	return dataplane.PlanHost(store.HostSnapshot{Self: e.Snapshot.Self, Networks: networks, Peers: e.Snapshot.Peers}, e.Underlay)
+}
+
+// Examples returns networks of all shapes, each with a VNI of its own.
+func Examples() []Example {
+	under4 := dataplane.Underlay{Address: Underlay4, Link: UnderlayLink, MTU: UnderlayMTU}
+	under6 := dataplane.Underlay{Address: Underlay6, Link: UnderlayLink, MTU: UnderlayMTU}
+	v4, v6 := "10.1.0.0/24", "fd00:1::/64"
+	noCheck := under4
+	noCheck.NoChecksum, noCheck.Reason = true, "as the test has it"
+	fixed := Network(4102, 2, 0, 0, under4, v4)
+	fixed.Network.MTU = 1280
+	empty := Network(4103, 0, 0, 0, under4, v4)
+	return []Example{
+		{"ipv4", Network(4096, 2, 2, 3, under4, v4), under4},
+		{"ipv6", Network(4097, 2, 2, 3, under4, v6), under4},
+		{"dual stack", Network(4098, 3, 2, 2, under4, v4, v6), under4},
+		{"ipv6 underlay", Network(4099, 2, 2, 2, under6, v4, v6), under6},
+		{"no underlay", Network(4100, 2, 1, 1, dataplane.Underlay{}, v4), dataplane.Underlay{}},
+		{"no peers", Network(4101, 1, 0, 0, under4, v4), under4},
+		{"fixed mtu", fixed, under4},
+		{"no endpoints", empty, under4},
+		{"no checksum offload", Network(4104, 1, 1, 1, noCheck, v4), noCheck},
+		{"largest vni", Network(store.MaxVNI, 1, 1, 1, under4, v4), under4},
+	}
+}
+
+// Network returns a network with that many endpoints of this host, peers, and
+// endpoints of each peer.
+func Network(v store.VNI, local, peers, remote int, u dataplane.Underlay, pools ...string) store.Snapshot {
+	s := store.Snapshot{VNI: v, Self: store.Host{ID: "self", Address: u.Address, DataPort: Port}}
+	n := store.Network{ID: store.NetworkID(fmt.Sprintf("%064x", uint32(v))), VNI: v, Mode: dataplane.ModeVXLAN}
+	for _, p := range pools {
+		prefix := netip.MustParsePrefix(p)
+		n.Subnets = append(n.Subnets, store.Subnet{Pool: prefix, Gateway: prefix.Addr().Next()})
+	}
+	s.Network = &n
+	next := 2 // of the address
+	for range local {
+		s.Endpoints = append(s.Endpoints, endpoint(n, next))
+		next++
+	}
+	for i := range peers {
+		p := store.Peer{Host: store.Host{ID: store.HostID(fmt.Sprintf("peer%d", i)), Address: peerAddress(u, i), DataPort: Port}}
+		s.Peers = append(s.Peers, p)
+		for range remote {
+			s.Remote = append(s.Remote, store.RemoteEndpoint{Owner: p.ID, SharedEndpoint: endpoint(n, next).Shared()})
+			next++
+		}
+	}
+	return s
+}
+
+func peerAddress(u dataplane.Underlay, i int) netip.Addr {
+	if u.Address.Is6() {
+		b := Underlay6.As16()
+		b[14], b[15] = byte(1+i>>8), byte(i)
+		return netip.AddrFrom16(b)
+	}
+	return netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})
+}
+
+// endpoint returns the endpoint with the i-th address of each pool.
+func endpoint(n store.Network, i int) store.Endpoint {
+	e := store.Endpoint{ID: store.EndpointID(fmt.Sprintf("%032x%032x", uint32(n.VNI), i)), Network: n.ID, VNI: n.VNI,
+		MAC: store.DeriveMAC("example", fmt.Sprint(n.VNI), fmt.Sprint(i)), OwnMAC: true}
+	for _, s := range n.Subnets {
+		b := s.Pool.Addr().As16()
+		b[14], b[15] = b[14]+byte(i>>8), b[15]+byte(i)
+		p := netip.PrefixFrom(netip.AddrFrom16(b).Unmap(), s.Pool.Bits())
+		if p.Addr().Is4() {
+			e.IPv4 = p
+		} else {
+			e.IPv6 = p
+		}
+	}
+	return e
+}

@@ -1,0 +1,375 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/store"
+)
+
+// adminLimit bounds a request on the admin socket.
+const adminLimit = 20 * time.Second
+
+// adminHandler returns the admin API. It only reads.
+func (p *process) adminHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", p.metrics.handler())
+	mux.HandleFunc("GET /v1/version", func(w http.ResponseWriter, _ *http.Request) {
+		writeJSON(w, http.StatusOK, versionReply{Version: buildVersion(), Go: runtime.Version()})
+	})
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
+		s, err := p.status()
+		answer(w, s, err)
+	})
+	on := func(path string, fn func(context.Context, *services, *http.Request) (any, error)) {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
+			ctx, cancel := context.WithTimeout(r.Context(), adminLimit)
+			defer cancel()
+			svc, err := p.gate.wait(ctx)
+			if err != nil {
+				writeJSON(w, http.StatusServiceUnavailable, adminError{err.Error()})
+				return
+			}
+			v, err := fn(ctx, svc, r)
+			answer(w, v, err)
+		})
+	}
+	on("/v1/networks", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.networks() })
+	on("/v1/endpoints", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.endpoints() })
+	on("/v1/peers", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.peers() })
+	on("/v1/ipam", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.ipam.Status() })
+	on("/v1/plan", func(ctx context.Context, s *services, r *http.Request) (any, error) {
+		return s.plan(ctx, r.URL.Query().Get("network"))
+	})
+	on("/v1/audit", func(ctx context.Context, s *services, _ *http.Request) (any, error) { return s.audit(ctx) })
+	return mux
+}
+
+func answer(w http.ResponseWriter, v any, err error) {
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		writeJSON(w, http.StatusNotFound, adminError{err.Error()})
+	case err != nil:
+		writeJSON(w, http.StatusInternalServerError, adminError{err.Error()})
+	default:
+		writeJSON(w, http.StatusOK, v)
+	}
+}
+
+// countRecords counts what the database holds.
+func countRecords(db *store.DB) (c recordCounts, err error) {
+	err = db.View(func(tx *store.Tx) error {
+		nets, err := tx.Networks()
+		if err != nil {
+			return err
+		}
+		c.Networks = len(nets)
+		for _, n := range nets {
+			remote, err := tx.RemoteEndpoints(n.VNI)
+			if err != nil {
+				return err
+			}
+			c.Remote += len(remote)
+		}
+		eps, err := tx.AllEndpoints()
+		if err != nil {
+			return err
+		}
+		c.Endpoints = len(eps)
+		peers, err := tx.Peers()
+		if err != nil {
+			return err
+		}
+		for _, p := range peers {
+			switch {
+			case p.Hidden:
+				c.PeersHidden++
+			case !p.DeadSince.IsZero():
+				c.PeersDead++
+			default:
+				c.PeersAlive++
+			}
+		}
+		return countLeases(tx, &c)
+	})
+	return c, err
+}
+
+func countLeases(tx *store.Tx, c *recordCounts) error {
+	pools, err := tx.Pools()
+	if err != nil {
+		return err
+	}
+	c.Pools = len(pools)
+	for _, p := range pools {
+		leases, err := tx.Leases(p.ID)
+		if err != nil {
+			return err
+		}
+		for _, l := range leases {
+			if l.Freed.IsZero() {
+				c.Leases++
+			} else {
+				c.Cooling++
+			}
+		}
+	}
+	return nil
+}
+
+func (s *services) networks() ([]networkReply, error) {
+	out := []networkReply{}
+	status := map[store.VNI]dataplane.NetworkStatus{}
+	for _, st := range s.loop.Status() {
+		status[st.VNI] = st
+	}
+	err := s.db.View(func(tx *store.Tx) error {
+		nets, err := tx.Networks()
+		if err != nil {
+			return err
+		}
+		for _, n := range nets {
+			r := networkReply{Network: n, Bridge: dataplane.BridgeName(n.VNI), EffectiveMTU: dataplane.MTU(n, s.loop.Underlay()),
+				Peers: []string{}, Status: status[n.VNI]}
+			eps, err := tx.Endpoints(n.ID)
+			if err != nil {
+				return err
+			}
+			r.Endpoints = len(eps)
+			remote, err := tx.RemoteEndpoints(n.VNI)
+			if err != nil {
+				return err
+			}
+			r.Remote = len(remote)
+			runs, err := tx.RunBy(n.VNI)
+			if err != nil {
+				return err
+			}
+			for _, run := range runs {
+				name := peerName(tx, run.Owner)
+				if run.Agrees(n.Shared()) {
+					r.Peers = append(r.Peers, name)
+				} else {
+					r.Disagree = append(r.Disagree, fmt.Sprintf("%s (%s %v)", name, run.Mode, run.Prefixes))
+				}
+			}
+			out = append(out, r)
+		}
+		return nil
+	})
+	slices.SortFunc(out, func(a, b networkReply) int { return int(a.VNI) - int(b.VNI) })
+	return out, err
+}
+
+func peerName(tx *store.Tx, id store.HostID) string {
+	if p, err := tx.Peer(id); err == nil && p.Name != "" {
+		return p.Name
+	}
+	return string(id)
+}
+
+func (s *services) endpoints() ([]endpointReply, error) {
+	out := []endpointReply{}
+	self := s.db.Self().Name
+	err := s.db.View(func(tx *store.Tx) error {
+		nets, err := tx.Networks()
+		if err != nil {
+			return err
+		}
+		for _, n := range nets {
+			eps, err := tx.Endpoints(n.ID)
+			if err != nil {
+				return err
+			}
+			missing := s.loop.Missing(n.VNI)
+			for _, e := range eps {
+				out = append(out, endpointReply{ID: e.ID, VNI: e.VNI, Network: n.ID, Host: self, Local: true,
+					State: endpointState(e, missing), MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(),
+					Link: e.ID.HostLink(), Sandbox: e.Sandbox})
+			}
+			remote, err := tx.RemoteEndpoints(n.VNI)
+			if err != nil {
+				return err
+			}
+			for _, e := range remote {
+				p, err := tx.Peer(e.Owner)
+				if err != nil {
+					return err
+				}
+				state := "remote"
+				if p.Hidden {
+					state = "hidden"
+				}
+				out = append(out, endpointReply{ID: e.ID, VNI: n.VNI, Network: n.ID, Host: p.Name, State: state,
+					MAC: e.MAC, IPv4: e.IPv4, IPv6: e.IPv6})
+			}
+		}
+		return nil
+	})
+	slices.SortStableFunc(out, func(a, b endpointReply) int {
+		if a.VNI != b.VNI {
+			return int(a.VNI) - int(b.VNI)
+		}
+		return a.IPv4.Compare(b.IPv4)
+	})
+	return out, err
+}
+
+func endpointState(e store.Endpoint, missing []store.EndpointID) string {
+	switch {
+	case e.Left:
+		return "left"
+	case slices.Contains(missing, e.ID):
+		return "missing"
+	case e.Sandbox == "":
+		return "made"
+	}
+	return "joined"
+}
+
+func (s *services) peers() ([]peerReply, error) {
+	out := []peerReply{}
+	err := s.db.View(func(tx *store.Tx) error {
+		all, err := tx.Peers()
+		if err != nil {
+			return err
+		}
+		for _, p := range all {
+			r := peerReply{Peer: p, Alive: p.DeadSince.IsZero(), Networks: []store.VNI{}}
+			nets, err := tx.PeerNetworks(p.ID)
+			if err != nil {
+				return err
+			}
+			for _, n := range nets {
+				r.Networks = append(r.Networks, n.VNI)
+			}
+			out = append(out, r)
+		}
+		return nil
+	})
+	members, _ := s.cluster.get()
+	if members == nil {
+		return out, err
+	}
+	for _, m := range members.Peers() {
+		if i := slices.IndexFunc(out, func(r peerReply) bool { return r.ID == m.ID }); i >= 0 {
+			out[i].Alive, out[i].InSync, out[i].LastErr = m.Alive, m.InSync, m.LastErr
+		}
+	}
+	return out, err
+}
+
+// find returns the network that a user means: "host", a VNI, or the beginning of
+// Docker's id. One that only the kernel has left can be named by its VNI.
+func (s *services) find(name string) (id store.NetworkID, vni store.VNI, err error) {
+	if name == "" || name == "host" {
+		return "", store.HostVNI, nil
+	}
+	var all []store.Network
+	if err := s.db.View(func(tx *store.Tx) (err error) { all, err = tx.Networks(); return err }); err != nil {
+		return "", 0, err
+	}
+	number, numErr := strconv.ParseUint(name, 10, 24)
+	var found []store.Network
+	for _, n := range all {
+		if numErr == nil && uint64(n.VNI) == number {
+			return n.ID, n.VNI, nil
+		}
+		if strings.HasPrefix(string(n.ID), name) {
+			found = append(found, n)
+		}
+	}
+	switch {
+	case len(found) == 1:
+		return found[0].ID, found[0].VNI, nil
+	case len(found) > 1:
+		return "", 0, fmt.Errorf("%d networks begin with %q; give more of the id", len(found), name)
+	case numErr == nil && number > 0:
+		return "", store.VNI(number), nil
+	}
+	return "", 0, fmt.Errorf("network %.80q: %w on this host; weft networks lists them", name, store.ErrNotFound)
+}
+
+func (s *services) plan(ctx context.Context, name string) (planReply, error) {
+	id, vni, err := s.find(name)
+	if err != nil {
+		return planReply{}, err
+	}
+	want, have, ops, err := s.loop.Explain(ctx, vni)
+	if err != nil {
+		return planReply{}, err
+	}
+	return planReply{Network: id, VNI: vni, Want: lines(want.Sorted()), Have: lines(have.Sorted()), Ops: lines(ops)}, nil
+}
+
+func lines[T fmt.Stringer](all []T) []string {
+	out := make([]string, 0, len(all))
+	for _, o := range all {
+		out = append(out, o.String())
+	}
+	return out
+}
+
+// audit compares records and kernel: the host, each network that is recorded, and
+// each of which the kernel holds a link.
+func (s *services) audit(ctx context.Context) (auditReply, error) {
+	out := auditReply{Differences: []difference{}}
+	nets := map[store.VNI]store.NetworkID{store.HostVNI: ""}
+	found, err := s.kernel.Networks(ctx)
+	if err != nil {
+		return out, err
+	}
+	for _, v := range found {
+		nets[v] = ""
+	}
+	if err := s.db.View(func(tx *store.Tx) error {
+		all, err := tx.Networks()
+		for _, n := range all {
+			nets[n.VNI] = n.ID
+		}
+		return err
+	}); err != nil {
+		return out, err
+	}
+	vnis := make([]store.VNI, 0, len(nets))
+	for v := range nets {
+		vnis = append(vnis, v)
+	}
+	slices.Sort(vnis)
+	for _, v := range vnis {
+		want, have, ops, err := s.loop.Explain(ctx, v)
+		if err != nil {
+			return out, err
+		}
+		add := func(text string) {
+			out.Differences = append(out.Differences, difference{Between: "records, kernel", Network: nets[v], VNI: v, Text: text})
+		}
+		for _, op := range ops {
+			add(op.String())
+		}
+		for _, text := range missingLinks(want, have) {
+			add(text)
+		}
+	}
+	return out, nil
+}
+
+// missingLinks names the links that Docker has taken and that are gone: no
+// operation can bring them back.
+func missingLinks(want, have dataplane.Plan) []string {
+	var out []string
+	for _, o := range want.Sorted() {
+		if v, ok := o.(dataplane.Veth); ok && v.Joined && have[o.Key()] == nil {
+			out = append(out, fmt.Sprintf("! %s: the link is gone and cannot be made again; restart the container", v))
+		}
+	}
+	return out
+}

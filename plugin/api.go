@@ -1,0 +1,136 @@
+package main
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/ipam"
+	"github.com/weftnet/weft/store"
+)
+
+// What the admin socket answers, as JSON. The commands print the same.
+
+// statusReply answers GET /v1/status.
+type statusReply struct {
+	Problems  []problem     `json:"problems"` // first of all; empty when all is well
+	Version   string        `json:"version"`
+	Started   time.Time     `json:"started"`
+	Ready     bool          `json:"ready"`           // calls are served
+	Stage     string        `json:"stage"`           // what the process does now, in words
+	Error     string        `json:"error,omitempty"` // why it cannot serve
+	Host      store.Host    `json:"host,omitzero"`
+	Underlay  underlayReply `json:"underlay,omitzero"`
+	IPTables  string        `json:"iptables,omitempty"` // backend in use
+	Join      []string      `json:"join"`
+	Encrypted bool          `json:"encrypted"` // gossip and records
+	Records   recordCounts  `json:"records"`
+	Loop      loopReply     `json:"loop,omitzero"`
+	Rebuilt   string        `json:"rebuilt,omitempty"`
+}
+
+// problem is one thing that is wrong, and what to do about it.
+type problem struct {
+	Text   string `json:"text"`
+	Remedy string `json:"remedy,omitempty"`
+	Advice bool   `json:"advice,omitempty"` // nothing is broken, but could be better
+}
+
+type underlayReply struct {
+	Address    netip.Addr `json:"address,omitzero"`
+	Link       string     `json:"link,omitempty"`
+	MTU        int        `json:"mtu,omitempty"`
+	NoChecksum string     `json:"noChecksum,omitempty"` // why VXLAN checksum offload is off
+}
+
+type loopReply struct {
+	Passes   uint64            `json:"passes"`
+	Ops      uint64            `json:"ops"`
+	Failures uint64            `json:"failures"`
+	Repaired map[string]uint64 `json:"repaired,omitempty"`
+}
+
+// recordCounts counts what the database holds.
+type recordCounts struct {
+	Networks    int `json:"networks"`
+	Endpoints   int `json:"endpoints"`
+	Remote      int `json:"remote"`
+	PeersAlive  int `json:"peersAlive"`
+	PeersDead   int `json:"peersDead"`
+	PeersHidden int `json:"peersHidden"`
+	Pools       int `json:"pools"`
+	Leases      int `json:"leases"`
+	Cooling     int `json:"cooling"`
+}
+
+// networkReply is one entry of GET /v1/networks.
+type networkReply struct {
+	store.Network
+	Bridge       string                  `json:"bridge"`
+	EffectiveMTU int                     `json:"effectiveMtu"`
+	Endpoints    int                     `json:"endpoints"`
+	Remote       int                     `json:"remote"`
+	Peers        []string                `json:"peers"`              // names of hosts that run it
+	Disagree     []string                `json:"disagree,omitempty"` // hosts that run the VNI with other subnets
+	Status       dataplane.NetworkStatus `json:"status"`
+}
+
+// endpointReply is one entry of GET /v1/endpoints: this host's and its peers'.
+type endpointReply struct {
+	ID      store.EndpointID `json:"id"`
+	VNI     store.VNI        `json:"vni"`
+	Network store.NetworkID  `json:"network"`
+	Host    string           `json:"host"`
+	Local   bool             `json:"local"`
+	State   string           `json:"state"` // "made", "joined", "missing" (its link), "left"; of a peer "remote", "hidden"
+	MAC     store.MAC        `json:"mac"`
+	IPv4    netip.Addr       `json:"ipv4,omitzero"`
+	IPv6    netip.Addr       `json:"ipv6,omitzero"`
+	Link    string           `json:"link,omitempty"` // host's side
+	Sandbox string           `json:"sandbox,omitempty"`
+}
+
+// peerReply is one entry of GET /v1/peers.
+type peerReply struct {
+	store.Peer
+	Alive    bool        `json:"alive"`
+	InSync   bool        `json:"inSync"`
+	LastErr  string      `json:"lastErr,omitempty"`
+	Networks []store.VNI `json:"networks"`
+}
+
+// poolReply is one entry of GET /v1/ipam.
+type poolReply = ipam.PoolStatus
+
+// planReply answers GET /v1/plan?network=…: one line per object or operation.
+type planReply struct {
+	Network store.NetworkID `json:"network,omitempty"` // empty for the host, or when only the kernel has it
+	VNI     store.VNI       `json:"vni"`
+	Want    []string        `json:"want"`
+	Have    []string        `json:"have"`
+	Ops     []string        `json:"ops"`
+}
+
+// auditReply answers GET /v1/audit.
+type auditReply struct {
+	Differences []difference `json:"differences"`
+}
+
+// difference is one thing in which two of Docker, records and kernel differ.
+type difference struct {
+	Between string          `json:"between"`           // "records, kernel", "Docker, records" or "Docker, leases"
+	Network store.NetworkID `json:"network,omitempty"` // empty for the host
+	VNI     store.VNI       `json:"vni"`
+	Text    string          `json:"text"`
+}
+
+// versionReply answers GET /v1/version.
+type versionReply struct {
+	Version string `json:"version"`
+	Go      string `json:"go"`
+}
+
+// adminError is the answer to a request that failed.
+type adminError struct {
+	Error string `json:"error"`
+}

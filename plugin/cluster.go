@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft/store"
+	"github.com/weftnet/weft/store/gossip"
+)
+
+// cluster is the tie to other hosts: nothing without WEFT_JOIN. It may be down
+// (its port is taken, say) while this host's networks work.
+type cluster struct {
+	p        *process
+	db       *store.DB
+	identity store.Identity
+
+	mu      sync.Mutex      // guards what follows
+	members *gossip.Cluster // nil while it is down
+	err     error           // why it is down
+	since   time.Time       // start of members
+	synced  bool            // the peers were heard once
+}
+
+func newCluster(p *process, db *store.DB, identity store.Identity) *cluster {
+	return &cluster{p: p, db: db, identity: identity}
+}
+
+// run keeps the cluster up until ctx ends.
+func (c *cluster) run(ctx context.Context) error {
+	if len(c.p.set.join) == 0 {
+		return nil
+	}
+	return c.p.keep(ctx, "gossip", func() error {
+		members, err := gossip.New(gossip.Config{DB: c.db, Identity: c.identity, Join: c.p.set.join, Key: c.p.set.key,
+			Port: c.p.set.port, DataPort: c.p.set.dataPort, Log: c.p.log})
+		if err != nil {
+			return err
+		}
+		c.set(members, nil)
+		return members.Run(ctx)
+	}, func(err error) { c.set(nil, err) })
+}
+
+func (c *cluster) set(members *gossip.Cluster, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.members, c.err, c.since = members, err, time.Now()
+}
+
+// get returns the cluster; both are nil without WEFT_JOIN and while it starts.
+func (c *cluster) get() (*gossip.Cluster, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.members, c.err
+}
+
+// settleTime is how long nobody need be heard before a host that has been told of
+// others goes by what it knows.
+const settleTime = 2 * time.Minute
+
+// inSync reports whether the peers have told what they have since the start, so
+// that what nobody told may be deleted. A host alone always is.
+func (c *cluster) inSync() bool {
+	if len(c.p.set.join) == 0 {
+		return true
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.synced && c.members != nil {
+		c.synced = heardAll(c.members.Peers()) || time.Since(c.since) > settleTime
+	}
+	return c.synced
+}
+
+// heardAll reports whether there are living peers and all have told what they have.
+func heardAll(peers []gossip.PeerStatus) bool {
+	alive := 0
+	for _, p := range peers {
+		if p.Alive {
+			alive++
+			if !p.InSync {
+				return false
+			}
+		}
+	}
+	return alive > 0
+}
+
+// stats returns the counters, nothing while it is down.
+func (c *cluster) stats() gossip.Stats {
+	if members, _ := c.get(); members != nil {
+		return members.Stats()
+	}
+	return gossip.Stats{}
+}

@@ -1,0 +1,175 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/store"
+)
+
+// status gathers what the process knows of itself.
+func (p *process) status() (statusReply, error) {
+	svc, stage, fault := p.gate.peek()
+	s := statusReply{Version: buildVersion(), Started: p.started, Ready: svc != nil, Stage: stage,
+		Join: append([]string{}, p.set.join...), Encrypted: len(p.set.key) > 0, Problems: []problem{}}
+	if fault != nil {
+		s.Error = fault.Error()
+	}
+	if svc == nil {
+		s.Problems = append(s.Problems, unreadyProblem(s))
+		return s, nil
+	}
+	s.Host, s.IPTables, s.Rebuilt = svc.db.Self(), svc.kernel.Backend(), svc.rebuilt
+	u := svc.loop.Underlay()
+	s.Underlay = underlayReply{Address: u.Address, Link: u.Link, MTU: u.MTU}
+	if u.NoChecksum {
+		s.Underlay.NoChecksum = u.Reason
+	}
+	stats := svc.loop.Stats()
+	s.Loop = loopReply{Passes: stats.Passes, Ops: stats.Ops, Failures: stats.Failures, Repaired: stats.Repaired}
+	var err error
+	if s.Records, err = countRecords(svc.db); err != nil {
+		return s, err
+	}
+	nets, err := svc.networks()
+	if err != nil {
+		return s, err
+	}
+	peers, err := svc.peers()
+	if err != nil {
+		return s, err
+	}
+	_, clusterErr := svc.cluster.get()
+	s.Problems = append(s.Problems, problems(view{
+		status: s, networks: nets, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: svc.cluster.stats().Twin,
+		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), xtablesShared: !isDevice(xtablesLock),
+	})...)
+	return s, nil
+}
+
+const xtablesLock = "/run/xtables.lock"
+
+// isDevice reports whether path is a character device: config.json mounts
+// /dev/null as the lock unless the host's lock is shared.
+func isDevice(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && st.Mode()&os.ModeCharDevice != 0
+}
+
+// view is what problems are found in.
+type view struct {
+	status        statusReply
+	networks      []networkReply
+	peers         []peerReply
+	passes        []dataplane.NetworkStatus
+	clusterErr    error
+	twin          string // address of another process with this host's identity
+	noUnderlay    string // why
+	addressSet    bool   // WEFT_ADDRESS
+	xtablesShared bool
+}
+
+func unreadyProblem(s statusReply) problem {
+	if s.Error == "" {
+		return problem{Text: "weft is still " + s.Stage, Remedy: "wait a moment; if it stays so, look into the log of dockerd"}
+	}
+	return problem{Text: "every call of Docker is refused: " + s.Error, Remedy: "running containers keep their networks; it is tried again every few seconds"}
+}
+
+// problems says in words what is wrong, the worst first.
+func problems(v view) []problem {
+	var out []problem
+	add := func(remedy, format string, args ...any) {
+		out = append(out, problem{Text: fmt.Sprintf(format, args...), Remedy: remedy})
+	}
+	if v.status.Rebuilt != "" {
+		add("check weft audit; the damaged file may be removed when all is well", "%s", v.status.Rebuilt)
+	}
+	if !v.status.Underlay.Address.IsValid() {
+		remedy := "add a default route, or set WEFT_ADDRESS"
+		if v.addressSet {
+			remedy = "set WEFT_ADDRESS to an address of this host, or clear it"
+		}
+		add(remedy, "no underlay, so this host's networks do not reach other hosts: %s", cmp.Or(v.noUnderlay, "it was not looked for yet"))
+	}
+	for _, p := range v.passes {
+		if p.Err == "" {
+			continue
+		}
+		what := "the host's rules do"
+		if p.VNI != store.HostVNI {
+			what = fmt.Sprintf("network %d does", p.VNI)
+		}
+		add("it is tried again; weft plan shows the difference", "%s not match the records since %s: %s", what, clock(p.Since), firstLines(p.Err, 3))
+	}
+	for _, p := range v.passes {
+		if p.Held != "" {
+			add("", "network %d: deletions wait: %s", p.VNI, p.Held)
+		}
+	}
+	for _, n := range v.networks {
+		for _, d := range n.Disagree {
+			add("give both the same subnets, or one of them another vni", "network %d has subnets %v here, but others on host %s: they are not connected", n.VNI, n.Prefixes(), d)
+		}
+	}
+	out = append(out, v.clusterProblems()...)
+	if v.status.IPTables == "legacy" && !v.xtablesShared {
+		add("docker plugin disable -f weft && docker plugin set weft xtables.source=/run/xtables.lock && docker plugin enable weft",
+			"iptables is legacy, and its lock is not shared with the host: rules that Docker and Weft write at the same moment can get lost")
+	}
+	return out
+}
+
+func (v view) clusterProblems() (out []problem) {
+	add := func(remedy, format string, args ...any) {
+		out = append(out, problem{Text: fmt.Sprintf(format, args...), Remedy: remedy})
+	}
+	if v.clusterErr != nil {
+		add("it is tried again every few seconds", "other hosts are not heard: %v", v.clusterErr)
+	}
+	if v.twin != "" {
+		add("remove host.key from the plugin's state folder on one of the two and enable the plugin again", "host %s has the same identity as this one (a copied state folder or cloned machine): their records overwrite each other", v.twin)
+	}
+	var silent []string
+	for _, p := range v.peers {
+		if !p.Alive {
+			text := fmt.Sprintf("%s (%s) since %s", p.Name, p.Address, clock(p.DeadSince))
+			if p.Hidden {
+				text += ", its endpoints are hidden"
+			}
+			silent = append(silent, text)
+		} else if p.LastErr != "" {
+			add("open the data port (TCP) between the hosts; compare WEFT_KEY", "records of host %s (%s) cannot be fetched: %s", p.Name, p.Address, p.LastErr)
+		}
+	}
+	if len(silent) > 0 {
+		add("look whether the hosts, their plugins and the gossip port (TCP and UDP) are reachable", "silent hosts: %s", strings.Join(silent, "; "))
+	}
+	if len(v.status.Join) > 0 && v.clusterErr == nil && len(v.peers) == 0 {
+		add("look whether the gossip port (TCP and UDP) is open between the hosts, and whether all have the same WEFT_KEY", "no other host was ever heard (WEFT_JOIN=%s)", strings.Join(v.status.Join, ","))
+	}
+	if len(v.status.Join) > 0 && !v.status.Encrypted {
+		out = append(out, problem{Advice: true, Text: "what hosts tell each other is neither encrypted nor closed to strangers: no key is set",
+			Remedy: "set the same WEFT_KEY_FILE or WEFT_KEY on all hosts"})
+	}
+	return out
+}
+
+func clock(t time.Time) string {
+	if t.IsZero() {
+		return "an unknown time"
+	}
+	return t.UTC().Format("2006-01-02 15:04:05 UTC")
+}
+
+func firstLines(s string, n int) string {
+	all := strings.Split(s, "\n")
+	if len(all) > n {
+		all = append(all[:n], fmt.Sprintf("and %d more", len(all)-n))
+	}
+	return strings.Join(all, "; ")
+}

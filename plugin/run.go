@@ -1,0 +1,280 @@
+package main
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel"
+	"github.com/weftnet/weft/driver"
+	"github.com/weftnet/weft/ipam"
+	"github.com/weftnet/weft/store"
+)
+
+const (
+	dockerSocket = "weft.sock" // as in config.json
+	adminSocket  = "weft-admin.sock"
+	databaseFile = "weft.db"
+	// retryAfter is the pause before what could not start is tried again.
+	retryAfter = 5 * time.Second
+)
+
+// places are the folders of the process; config.json names them.
+type places struct {
+	run    string // of the sockets
+	state  string // of database and host key
+	sysnet string // where the host's /proc/sys/net can be written
+}
+
+// process is what the tasks share. The fields do not change.
+type process struct {
+	places  places
+	set     settings
+	gate    *gate
+	metrics *metrics
+	log     *slog.Logger
+	started time.Time
+}
+
+// run is the plugin's process. It returns when it was told to end, or when it
+// cannot even listen; every other trouble is the answer to calls and the text of
+// "weft status", since Docker starts a plugin that ends again and again.
+func run(ctx context.Context, args []string, errOut io.Writer) error {
+	var p process
+	flags := flag.NewFlagSet("plugin", flag.ContinueOnError)
+	flags.SetOutput(errOut)
+	flags.StringVar(&p.places.run, "run-dir", "/run/docker/plugins", "folder of the sockets")
+	flags.StringVar(&p.places.state, "state-dir", "/var/lib/weft", "folder of database and host key")
+	flags.StringVar(&p.places.sysnet, "sysnet", "/run/weft/sysnet", "where the host's /proc/sys/net can be written")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	var wrong error
+	p.set, wrong = parseSettings(os.Getenv, os.ReadFile)
+	p.started, p.gate = time.Now(), newGate()
+	p.metrics = newMetrics(p.gate)
+	// dockerd writes the time in front of each line.
+	p.log = slog.New(slog.NewTextHandler(errOut, &slog.HandlerOptions{Level: p.set.level, ReplaceAttr: dropTime}))
+	// First of all: Docker's own start waits for the socket.
+	docker, err := listenUnix(filepath.Join(p.places.run, dockerSocket))
+	if err != nil {
+		return err
+	}
+	admin, err := listenUnix(filepath.Join(p.places.run, adminSocket))
+	if err != nil {
+		return errors.Join(err, docker.Close())
+	}
+	if err := dropPrivileges(); err != nil {
+		p.log.Error("privileges were not dropped", "err", err)
+	}
+	p.log.Info("weft listens", "version", buildVersion(), "pid", os.Getpid())
+
+	// The workers outlive the servers: calls in flight need them to finish.
+	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
+	workers, work := errgroup.WithContext(work)
+	workers.Go(func() error { return p.work(work, wrong) })
+
+	servers, ctx := errgroup.WithContext(ctx)
+	servers.Go(func() error { return p.awaitSignal(ctx) })
+	calls := &server{gate: p.gate, metrics: p.metrics, log: p.log, limit: callLimit}
+	servers.Go(func() error { return serveHTTP(ctx, docker, calls.handler(routes()), p.log) })
+	servers.Go(func() error { return serveHTTP(ctx, admin, p.adminHandler(), p.log) })
+	servers.Go(func() error { return p.serveMetrics(ctx) })
+	err = servers.Wait()
+	stopWork()
+	err = errors.Join(err, workers.Wait())
+	if errors.Is(err, errStopped) {
+		p.log.Info("weft ends; networks and traffic stay")
+		return nil
+	}
+	return err
+}
+
+func dropTime(groups []string, a slog.Attr) slog.Attr {
+	if len(groups) == 0 && a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
+}
+
+// errStopped ends the servers when the process was told to end.
+var errStopped = errors.New("told to end")
+
+func (p *process) awaitSignal(ctx context.Context) error {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(c)
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-c:
+		return errStopped
+	}
+}
+
+// serveMetrics serves metrics on TCP if that was asked for. A port that is taken
+// is tried again.
+func (p *process) serveMetrics(ctx context.Context) error {
+	if p.set.metrics == "" {
+		return nil
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", p.metrics.handler())
+	return p.keep(ctx, "metrics on TCP", func() error {
+		l, err := net.Listen("tcp", p.set.metrics)
+		if err != nil {
+			return err
+		}
+		return serveHTTP(ctx, l, mux, p.log)
+	}, func(error) {})
+}
+
+// keep runs fn until ctx ends, again after retryAfter when it fails. It logs a
+// failure once, as long as it stays the same, and tells it to failed.
+func (p *process) keep(ctx context.Context, what string, fn func() error, failed func(error)) error {
+	last := ""
+	for {
+		err := fn()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			err = errors.New("ended by itself")
+		}
+		failed(err)
+		if err.Error() != last {
+			last = err.Error()
+			p.log.Error("does not work; trying again", "what", what, "every", retryAfter, "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(retryAfter):
+		}
+	}
+}
+
+// work keeps the services up. With wrong settings there are none.
+func (p *process) work(ctx context.Context, wrong error) error {
+	if wrong != nil {
+		p.log.Error("settings are wrong; every call is answered with that", "err", wrong)
+		p.gate.fail(wrong)
+		<-ctx.Done()
+		return nil
+	}
+	return p.keep(ctx, "database and kernel", func() error { return p.serveRecords(ctx) }, p.gate.fail)
+}
+
+// serveRecords opens the database and runs the tasks on it until ctx ends or one
+// of them fails.
+func (p *process) serveRecords(ctx context.Context) error {
+	p.gate.at("opening the database " + filepath.Join(p.places.state, databaseFile))
+	identity, err := store.LoadIdentity(p.places.state)
+	if err != nil {
+		return err
+	}
+	db, err := store.Open(filepath.Join(p.places.state, databaseFile), store.Host{
+		ID: identity.ID, Name: hostName(), PublicKey: identity.Key.Public().(ed25519.PublicKey),
+		Address: p.set.address, DataPort: p.set.dataPort, Version: buildVersion(),
+	})
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	p.gate.at("reading the kernel")
+	k, err := kernel.New(kernel.Config{Backend: p.set.iptables, Checksum: p.set.checksum, SysNet: p.sysnet(), Log: p.log})
+	if err != nil {
+		return fmt.Errorf("kernel: %w", err)
+	}
+	defer k.Close()
+	rebuilt, err := rebuild(ctx, p.places.state, db, k)
+	if err != nil {
+		return err
+	}
+	if rebuilt != "" {
+		p.log.Error("database was damaged and set aside", "rebuilt", rebuilt)
+	}
+	c := newCluster(p, db, identity)
+	loop := dataplane.NewLoop(db, k, p.set.address, c.inSync, p.log)
+	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
+		driver: driver.New(driver.Config{DB: db, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
+		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Routes: ipamRoutes(k), Log: p.log}),
+	}
+	tasks, ctx := errgroup.WithContext(ctx)
+	tasks.Go(func() error { return loop.Run(ctx) })
+	tasks.Go(func() error { return c.run(ctx) })
+	tasks.Go(func() error { return driver.NewAudit(svc.driver).Run(ctx) })
+	tasks.Go(func() error { return svc.ipam.Run(ctx) })
+	tasks.Go(func() error { return reportReady(ctx, loop, p.log) })
+	p.gate.open(svc)
+	err = tasks.Wait()
+	p.gate.fail(errors.New("weft is ending"))
+	return err
+}
+
+// reportReady logs when the kernel was compared for the first time.
+func reportReady(ctx context.Context, loop *dataplane.Loop, log *slog.Logger) error {
+	select {
+	case <-ctx.Done():
+	case <-loop.Ready():
+		log.Info("kernel matches the records", "networks", max(len(loop.Status())-1, 0))
+	}
+	return nil
+}
+
+// sysnet returns where the host's network sysctls can be written, "" for the
+// usual path.
+func (p *process) sysnet() string {
+	if _, err := os.Stat(p.places.sysnet); err != nil {
+		return ""
+	}
+	return p.places.sysnet
+}
+
+func driverRoutes(k *kernel.Kernel) func(context.Context) ([]driver.Route, error) {
+	return func(ctx context.Context) ([]driver.Route, error) {
+		routes, err := k.Routes(ctx)
+		out := make([]driver.Route, 0, len(routes))
+		for _, r := range routes {
+			out = append(out, driver.Route{Prefix: r.Prefix, Link: r.Link})
+		}
+		return out, err
+	}
+}
+
+func driverVXLANs(k *kernel.Kernel) func(context.Context) ([]driver.VXLAN, error) {
+	return func(ctx context.Context) ([]driver.VXLAN, error) {
+		links, err := k.VXLANs(ctx)
+		out := make([]driver.VXLAN, 0, len(links))
+		for _, l := range links {
+			out = append(out, driver.VXLAN{Name: l.Name, VNI: l.VNI, Port: l.Port})
+		}
+		return out, err
+	}
+}
+
+func ipamRoutes(k *kernel.Kernel) func(context.Context) ([]netip.Prefix, error) {
+	return func(ctx context.Context) ([]netip.Prefix, error) {
+		routes, err := k.Routes(ctx)
+		out := make([]netip.Prefix, 0, len(routes))
+		for _, r := range routes {
+			out = append(out, r.Prefix)
+		}
+		return out, err
+	}
+}

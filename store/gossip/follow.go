@@ -1,0 +1,379 @@
+package gossip
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/weftnet/weft/store"
+)
+
+// Times of the client's side.
+const (
+	compareEvery = 60 * time.Second // with the owner, also when gossip is silent
+	idleStream   = 10 * time.Second // an open stream is kept so long for the next digest
+	dialTime     = 2 * time.Second
+	askTime      = time.Minute // one answer with all its frames
+	retryFirst   = 200 * time.Millisecond
+	retryMost    = 5 * time.Second
+	maxFetches   = 16 // at once, of all peers
+)
+
+// stream is an open record stream to an owner.
+type stream struct {
+	conn *tls.Conn
+	addr string
+	stop func() bool // ends the watch on the context
+}
+
+func (s *stream) close() {
+	s.stop()
+	_ = s.conn.Close()
+}
+
+// dial opens a stream to the host, which must prove to be id.
+func (c *Cluster) dial(ctx context.Context, r record, id store.HostID) (*stream, error) {
+	if err := c.reachable(r.Address); err != nil {
+		return nil, err
+	}
+	d := net.Dialer{Timeout: dialTime}
+	if a := c.db.Self().Address; a.IsValid() {
+		// The peer's rules let in the address that it knows.
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(a, 0))
+	}
+	addr := r.streamAddr().String()
+	raw, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	conn := tls.Client(raw, tlsConfig(c.cert, func(got store.HostID) error {
+		if got != id {
+			return fmt.Errorf("host at %s is %s, not %s", addr, got, id)
+		}
+		return nil
+	}))
+	s := &stream{conn: conn, addr: addr, stop: context.AfterFunc(ctx, func() { _ = raw.Close() })}
+	if err := c.greet(conn); err != nil {
+		s.close()
+		return nil, fmt.Errorf("stream to %s: %w", addr, err)
+	}
+	return s, nil
+}
+
+func (c *Cluster) greet(conn *tls.Conn) error {
+	_ = conn.SetDeadline(time.Now().Add(handshakeTime))
+	if err := conn.Handshake(); err != nil {
+		return err
+	}
+	state := conn.ConnectionState()
+	p, err := c.keys.proof(state, "client")
+	if err != nil {
+		return err
+	}
+	if err := writeFrame(conn, hello{Proto: streamProto, Proof: p}); err != nil {
+		return err
+	}
+	var h hello
+	if err := readFrame(conn, maxAsk, &h); err != nil {
+		return err
+	}
+	if h.Err != "" {
+		return fmt.Errorf("refused: %.200q", h.Err)
+	}
+	return c.keys.checkProof(state, "owner", h.Proof)
+}
+
+// ask sends one request and reads the whole answer.
+func (s *stream) ask(q request) (answer, error) {
+	end := time.Now().Add(askTime)
+	_ = s.conn.SetDeadline(time.Now().Add(ioTime))
+	if err := writeFrame(s.conn, q); err != nil {
+		return answer{}, err
+	}
+	var all answer
+	for first := true; ; first = false {
+		var a answer
+		deadline := time.Now().Add(ioTime)
+		if deadline.After(end) {
+			deadline = end
+		}
+		_ = s.conn.SetDeadline(deadline)
+		if err := readFrame(s.conn, maxFrame, &a); err != nil {
+			return answer{}, err
+		}
+		switch {
+		case a.Err != "":
+			return answer{}, fmt.Errorf("owner says: %.200q", a.Err)
+		case a.VNI != q.VNI:
+			return answer{}, fmt.Errorf("answer is about vni %d, not %d", a.VNI, q.VNI)
+		case !first && (a.Epoch != all.Epoch || a.Seq != all.Seq || a.Full != all.Full):
+			return answer{}, errors.New("parts of the answer do not fit together")
+		}
+		if err := a.check(); err != nil {
+			return answer{}, err
+		}
+		eps, nets := append(all.Endpoints, a.Endpoints...), append(all.Networks, a.Networks...)
+		if len(eps) > maxEndpoints || len(nets) > maxNetworks {
+			return answer{}, fmt.Errorf("answer for vni %d has too many records", q.VNI)
+		}
+		more := a.More
+		a.Endpoints, a.Networks, a.More = eps, nets, false
+		all = a
+		if !more {
+			return all, nil
+		}
+		if len(eps)+len(nets) == 0 {
+			return answer{}, errors.New("answer has empty parts")
+		}
+	}
+}
+
+// follow keeps this host's copy of one living peer's records up to date until ctx
+// ends. It is the only writer of that copy.
+func (c *Cluster) follow(ctx context.Context, id store.HostID) {
+	var s *stream
+	hangUp := func() {
+		if s != nil {
+			s.close()
+			s = nil
+		}
+	}
+	defer hangUp()
+	see, ok := c.table.sight(id)
+	if !ok {
+		return
+	}
+	compare, idle := time.NewTimer(0), time.NewTimer(idleStream)
+	defer compare.Stop()
+	defer idle.Stop()
+	failed := 0
+	for {
+		whole := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-idle.C:
+			hangUp()
+			continue
+		case <-compare.C:
+			whole = true
+		case <-see.wake:
+			if failed > 0 { // the retry below looks at everything
+				continue
+			}
+		}
+		select {
+		case c.fetches <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+		err := c.fetch(ctx, id, &s, whole)
+		<-c.fetches
+		if ctx.Err() != nil {
+			return
+		}
+		c.table.fetched(id, err)
+		idle.Reset(idleStream)
+		if err != nil {
+			hangUp()
+			c.stats.fetchErrors.Add(1)
+			if failed++; failed == 5 {
+				c.log.Warn("cannot fetch records from peer; trying on", "host", id, "err", err)
+			}
+			compare.Reset(jitter(min(retryFirst<<min(failed-1, 10), retryMost)))
+			continue
+		}
+		if failed >= 5 {
+			c.log.Info("records of peer are fetched again", "host", id)
+		}
+		failed = 0
+		if whole {
+			compare.Reset(jitter(compareEvery))
+		}
+	}
+}
+
+// jitter returns d, more or less a fifth.
+func jitter(d time.Duration) time.Duration {
+	return d - d/5 + rand.N(d*2/5+1)
+}
+
+// fetch brings the list of networks (always when whole is set, else when a digest
+// says it changed) and then the endpoints of those that this host runs too.
+func (c *Cluster) fetch(ctx context.Context, id store.HostID, s **stream, whole bool) error {
+	see, ok := c.table.sight(id)
+	if !ok || !see.alive {
+		return nil
+	}
+	if *s != nil && (*s).addr != see.rec.streamAddr().String() {
+		(*s).close()
+		*s = nil
+	}
+	ask := func(q request) (answer, error) {
+		c.stats.fetches.Add(1)
+		if *s == nil {
+			n, err := c.dial(ctx, see.rec, id)
+			if err != nil {
+				return answer{}, err
+			}
+			*s = n
+		}
+		return (*s).ask(q)
+	}
+	list, _, err := c.wanted(id, see)
+	if err != nil {
+		return err
+	}
+	if whole || list || !see.asked {
+		a, err := ask(request{VNI: store.HostVNI})
+		if err != nil {
+			return err
+		}
+		if err := c.mergeList(ctx, id, a, see.claims); err != nil {
+			return err
+		}
+	}
+	see, _ = c.table.sight(id)
+	_, wants, err := c.wanted(id, see)
+	if err != nil {
+		return err
+	}
+	for _, q := range wants {
+		if err := c.fetchNetwork(ctx, id, q, see.claims, ask); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mergeList takes over a list of networks; before are the claims from which it was
+// asked for.
+func (c *Cluster) mergeList(ctx context.Context, id store.HostID, a answer, before claims) error {
+	nets := make([]store.SharedNetwork, 0, len(a.Networks))
+	told := claims{epoch: a.Epoch, seq: map[store.VNI]uint64{store.HostVNI: a.Seq}}
+	for _, n := range a.Networks {
+		nets = append(nets, n.SharedNetwork)
+		told.seq[n.VNI] = n.Seq
+	}
+	held := false
+	if err := c.db.View(func(tx *store.Tx) error {
+		p, err := tx.Peer(id)
+		held = p.Epoch == a.Epoch && p.Networks == a.Seq
+		return err
+	}); err != nil {
+		return err
+	}
+	if !held { // a transaction that changes nothing still costs a sync of the disk
+		err := c.db.Update(ctx, func(tx *store.Tx) error {
+			p, err := tx.Peer(id)
+			if err != nil {
+				return err
+			}
+			if p.Epoch == a.Epoch && p.Networks > a.Seq {
+				// The owner went back to an older copy of its database. It is right.
+				p.Networks = 0
+				if err := tx.PutPeer(p); err != nil {
+					return err
+				}
+			}
+			return tx.MergeNetworks(id, a.Epoch, a.Seq, nets)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	c.table.told(id, before, told, true)
+	return nil
+}
+
+func (c *Cluster) fetchNetwork(ctx context.Context, id store.HostID, q request, before claims, ask func(request) (answer, error)) error {
+	for range 2 {
+		a, err := ask(q)
+		if err != nil {
+			return err
+		}
+		fits := false
+		err = c.db.Update(ctx, func(tx *store.Tx) error {
+			if err := rewind(tx, id, a.Delta); err != nil {
+				return err
+			}
+			fits, err = tx.MergeEndpoints(id, q.Since, a.Delta)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		if fits {
+			c.table.told(id, before, claims{epoch: a.Epoch, seq: map[store.VNI]uint64{q.VNI: a.Seq}}, false)
+			return nil
+		}
+		q.Since = 0
+	}
+	return fmt.Errorf("records of vni %d do not fit, even from the beginning", q.VNI)
+}
+
+// rewind makes room for a full list that is older than what we hold, of an owner
+// that went back to an older copy of its database: the network is dropped and
+// taken over anew, in the same transaction.
+func rewind(tx *store.Tx, id store.HostID, d store.Delta) error {
+	held, err := tx.PeerNetwork(id, d.VNI)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil || !d.Full || held.Epoch != d.Epoch || held.Seq <= d.Seq {
+		return err
+	}
+	p, err := tx.Peer(id)
+	if err != nil {
+		return err
+	}
+	all, err := tx.PeerNetworks(id)
+	if err != nil {
+		return err
+	}
+	var nets []store.SharedNetwork
+	for _, n := range all {
+		nets = append(nets, n.SharedNetwork)
+	}
+	less := slices.DeleteFunc(slices.Clone(nets), func(n store.SharedNetwork) bool { return n.VNI == d.VNI })
+	if err := tx.MergeNetworks(id, p.Epoch, 0, less); err != nil {
+		return err
+	}
+	return tx.MergeNetworks(id, p.Epoch, p.Networks, nets)
+}
+
+// wanted compares what a peer is said to have with what the database holds: is the
+// list of networks out of date, and which networks that this host runs are.
+func (c *Cluster) wanted(id store.HostID, see sight) (list bool, wants []request, err error) {
+	err = c.db.View(func(tx *store.Tx) error {
+		p, err := tx.Peer(id)
+		if err != nil {
+			return err
+		}
+		list = p.Epoch != see.claims.epoch || p.Networks != see.claims.seq[store.HostVNI]
+		for _, v := range c.table.networks() {
+			n, err := tx.PeerNetwork(id, v)
+			if errors.Is(err, store.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			if n.Epoch != see.claims.epoch || n.Seq != see.claims.seq[v] {
+				q := request{VNI: v, Epoch: n.Epoch, Since: n.Seq}
+				if n.Epoch != see.claims.epoch {
+					q.Since = 0
+				}
+				wants = append(wants, q)
+			}
+		}
+		return nil
+	})
+	return list, wants, err
+}

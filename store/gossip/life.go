@@ -1,0 +1,179 @@
+package gossip
+
+import (
+	"context"
+	"errors"
+	"reflect"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft/store"
+)
+
+// judge decides what the database should say of a peer, given what it says now
+// (known is false for nothing) and what membership says. A peer that is lost keeps
+// its records; they are hidden after hide and dropped after forget. Only elapsed
+// time counts, not the clock of the day.
+func judge(now time.Time, s sight, p store.Peer, known bool, hide, forget time.Duration) (next store.Peer, drop bool) {
+	next = p
+	if s.alive {
+		next.DeadSince, next.Hidden = time.Time{}, false
+		if !known || s.stored != s.rec.Counter {
+			if p.Epoch != s.rec.Epoch {
+				next.Networks = 0 // a version of another database
+			}
+			next.Host = s.rec.Host
+		}
+		return next, false
+	}
+	gone := now.Sub(s.lost)
+	if (s.dead || gone >= hide) && p.DeadSince.IsZero() {
+		next.DeadSince = now.UTC().Round(0)
+	}
+	next.Hidden = p.Hidden || gone >= hide
+	return next, gone >= forget
+}
+
+// life keeps the database's peers in step with membership, and one follower per
+// living peer.
+func (c *Cluster) life(ctx context.Context) error {
+	var following sync.WaitGroup
+	followers := map[store.HostID]context.CancelFunc{}
+	defer func() {
+		for _, stop := range followers {
+			stop()
+		}
+		following.Wait()
+	}()
+	tick := time.NewTicker(min(time.Second, max(c.cfg.HideAfter/4, time.Millisecond)))
+	defer tick.Stop()
+	failing := false
+	for {
+		alive, err := c.savePeers(ctx)
+		switch {
+		case err != nil && ctx.Err() == nil && !failing:
+			failing = true
+			c.log.Error("cannot save what is known of peers", "err", err)
+		case err == nil && failing:
+			failing = false
+			c.log.Info("peers are saved again")
+		}
+		if err == nil {
+			for id, stop := range followers {
+				if !alive[id] {
+					stop()
+					delete(followers, id)
+				}
+			}
+			for id := range alive {
+				if followers[id] == nil {
+					fctx, stop := context.WithCancel(ctx)
+					followers[id] = stop
+					following.Go(func() { c.follow(fctx, id) })
+				}
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		case <-c.table.changed:
+		}
+	}
+}
+
+// savePeers writes what changed and returns the peers that are alive and saved.
+func (c *Cluster) savePeers(ctx context.Context) (map[store.HostID]bool, error) {
+	now := c.table.now()
+	alive := map[store.HostID]bool{}
+	var write []store.Peer
+	var drop []store.Peer
+	was := map[store.HostID]store.Peer{}
+	sights := c.table.sights()
+	err := c.db.View(func(tx *store.Tx) error {
+		peers, err := tx.Peers()
+		if err != nil {
+			return err
+		}
+		for _, p := range peers {
+			was[p.ID] = p
+			if _, ok := sights[p.ID]; !ok { // written by somebody else than us
+				c.table.remember(p.ID)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for id, s := range sights {
+		p, known := was[id]
+		if !known && !s.alive {
+			c.table.forgetAfter(id, c.cfg.ForgetAfter)
+			continue
+		}
+		if s.alive {
+			alive[id] = true
+		}
+		next, gone := judge(now, s, p, known, c.cfg.HideAfter, c.cfg.ForgetAfter)
+		if gone {
+			drop = append(drop, p)
+		} else if !reflect.DeepEqual(next, p) {
+			write = append(write, next)
+		}
+	}
+	if len(write)+len(drop) == 0 {
+		return alive, nil
+	}
+	err = c.db.Update(ctx, func(tx *store.Tx) error {
+		for i := range write {
+			// A follower may have written meanwhile: decide on what is there now.
+			id := write[i].ID
+			p, err := tx.Peer(id)
+			if err != nil && !errors.Is(err, store.ErrNotFound) {
+				return err
+			}
+			write[i], _ = judge(now, sights[id], p, err == nil, c.cfg.HideAfter, c.cfg.ForgetAfter)
+			if err := tx.PutPeer(write[i]); err != nil {
+				return err
+			}
+		}
+		for _, p := range drop {
+			if err := tx.ForgetPeer(p.ID); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range drop {
+		c.table.forget(p.ID)
+		c.log.Info("peer forgotten", "peer", p.Name, "host", p.ID)
+	}
+	for _, p := range write {
+		if s := sights[p.ID]; s.alive {
+			c.table.saved(p.ID, s.rec.Counter)
+		}
+		c.logChange(was[p.ID], p)
+	}
+	return alive, nil
+}
+
+func (c *Cluster) logChange(was, is store.Peer) {
+	who := []any{"peer", is.Name, "host", is.ID, "address", is.Address}
+	switch {
+	case was.ID == "":
+		c.log.Info("peer joined", who...)
+	case was.Address != is.Address:
+		c.log.Info("peer has a new address", append(who, "old", was.Address)...)
+	case !was.DeadSince.IsZero() && is.DeadSince.IsZero():
+		c.log.Info("peer is back", who...)
+	case was.DeadSince.IsZero() && !is.DeadSince.IsZero():
+		c.log.Warn("peer is not reachable; its records stay for now", who...)
+	}
+	if is.Hidden && !was.Hidden {
+		c.log.Warn("peer is gone for long; its endpoints are hidden", who...)
+	}
+}

@@ -1,0 +1,240 @@
+package gossip
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft/store"
+)
+
+// Limits of the owner's side. A stranger can hold a connection for handshakeTime
+// and one address only a few of them; a member can be idle for idleServe.
+const (
+	handshakeTime   = 5 * time.Second
+	ioTime          = 10 * time.Second // one frame, either way
+	idleServe       = 30 * time.Second
+	maxHandshakes   = 64
+	maxPerAddress   = 8 // handshakes
+	maxStreams      = 1024
+	maxPerHost      = 4
+	acceptRetryTime = 100 * time.Millisecond
+)
+
+// server answers peers' questions about this host's records.
+type server struct {
+	c    *Cluster
+	conf *tls.Config
+
+	mu         sync.Mutex // guards what follows
+	handshakes int
+	addresses  map[netip.Addr]int
+	streams    int
+	hosts      map[store.HostID]int
+}
+
+func (c *Cluster) newServer() *server {
+	s := &server{c: c, addresses: map[netip.Addr]int{}, hosts: map[store.HostID]int{}}
+	s.conf = tlsConfig(c.cert, func(id store.HostID) error { return nil })
+	return s
+}
+
+// serve accepts until ctx ends, and returns when all streams are over.
+func (s *server) serve(ctx context.Context, l net.Listener) error {
+	var open sync.WaitGroup
+	defer open.Wait()
+	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+	for {
+		conn, err := l.Accept()
+		if ctx.Err() != nil {
+			if err == nil {
+				_ = conn.Close()
+			}
+			return nil
+		}
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return err
+			}
+			// Too many open files, or a connection that died in the queue.
+			select {
+			case <-ctx.Done():
+			case <-time.After(acceptRetryTime):
+			}
+			continue
+		}
+		addr := remoteAddr(conn)
+		if !s.beginHandshake(addr) {
+			s.c.drops.count("stream-too-many")
+			_ = conn.Close()
+			continue
+		}
+		open.Go(func() {
+			defer conn.Close()
+			defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+			s.stream(conn, addr)
+		})
+	}
+}
+
+func remoteAddr(c net.Conn) netip.Addr {
+	ap, err := netip.ParseAddrPort(c.RemoteAddr().String())
+	if err != nil {
+		return netip.Addr{}
+	}
+	return ap.Addr().Unmap()
+}
+
+func (s *server) beginHandshake(a netip.Addr) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.handshakes >= maxHandshakes || s.addresses[a] >= maxPerAddress {
+		return false
+	}
+	s.handshakes++
+	s.addresses[a]++
+	return true
+}
+
+func (s *server) endHandshake(a netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.handshakes--
+	if s.addresses[a]--; s.addresses[a] <= 0 {
+		delete(s.addresses, a)
+	}
+}
+
+func (s *server) beginStream(id store.HostID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.streams >= maxStreams || s.hosts[id] >= maxPerHost {
+		return false
+	}
+	s.streams++
+	s.hosts[id]++
+	return true
+}
+
+func (s *server) endStream(id store.HostID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.streams--
+	if s.hosts[id]--; s.hosts[id] <= 0 {
+		delete(s.hosts, id)
+	}
+}
+
+// stream serves one connection. Its failures are the other side's to report; here
+// they are counted.
+func (s *server) stream(raw net.Conn, addr netip.Addr) {
+	conn := tls.Server(raw, s.conf)
+	_ = conn.SetDeadline(time.Now().Add(handshakeTime))
+	id, err := s.handshake(conn)
+	s.endHandshake(addr)
+	if err != nil {
+		s.c.drops.count("stream-refused")
+		s.c.log.Debug("record stream refused", "from", addr, "err", err)
+		return
+	}
+	if !s.beginStream(id) {
+		s.c.drops.count("stream-too-many")
+		return
+	}
+	defer s.endStream(id)
+	for {
+		_ = conn.SetDeadline(time.Now().Add(idleServe))
+		var q request
+		if err := readFrame(conn, maxAsk, &q); err != nil {
+			return
+		}
+		if err := s.answer(conn, q); err != nil {
+			return
+		}
+	}
+}
+
+// handshake ends when the other side is known to be a member that holds the
+// cluster key, or tells it why not.
+func (s *server) handshake(conn *tls.Conn) (store.HostID, error) {
+	if err := conn.Handshake(); err != nil {
+		return "", err
+	}
+	state := conn.ConnectionState()
+	id, err := certHost(state)
+	if err != nil {
+		return "", err
+	}
+	var h hello
+	if err := readFrame(conn, maxAsk, &h); err != nil {
+		return id, err
+	}
+	err = s.c.keys.checkProof(state, "client", h.Proof)
+	if err == nil && !s.c.knows(id) {
+		err = errors.New("host " + string(id) + " is not a member of the cluster here")
+	}
+	if err != nil {
+		return id, errors.Join(err, writeFrame(conn, hello{Proto: streamProto, Err: err.Error()}))
+	}
+	p, err := s.c.keys.proof(state, "owner")
+	if err != nil {
+		return id, err
+	}
+	return id, writeFrame(conn, hello{Proto: streamProto, Proof: p})
+}
+
+// knows reports whether a host is a member or a remembered peer. The own identity
+// is one too: a second process that has it must be able to see that (see twins).
+func (c *Cluster) knows(id store.HostID) bool {
+	_, ok := c.table.sight(id)
+	return ok || id == c.id
+}
+
+// answer reads the records in one transaction and sends them in chunks.
+func (s *server) answer(conn net.Conn, q request) error {
+	a, err := s.c.read(q)
+	if err != nil {
+		s.c.log.Warn("cannot answer a peer", "vni", q.VNI, "err", err)
+		a = answer{Err: "the owner cannot read its database"}
+	}
+	eps, nets := a.Endpoints, a.Networks
+	for {
+		part := a
+		n, m := min(len(eps), chunk), min(len(nets), chunk)
+		part.Endpoints, part.Networks = eps[:n], nets[:m]
+		eps, nets = eps[n:], nets[m:]
+		part.More = len(eps)+len(nets) > 0
+		_ = conn.SetDeadline(time.Now().Add(ioTime))
+		if err := writeFrame(conn, part); err != nil || !part.More {
+			return err
+		}
+	}
+}
+
+func (c *Cluster) read(q request) (answer, error) {
+	epoch := c.db.Self().Epoch
+	var a answer
+	err := c.db.View(func(tx *store.Tx) error {
+		if q.VNI != store.HostVNI {
+			since := q.Since
+			if q.Epoch != epoch {
+				since = 0
+			}
+			d, err := tx.Delta(q.VNI, since)
+			a.Delta = d
+			return err
+		}
+		a.Seq = tx.Version(store.HostVNI)
+		nets, err := tx.Networks()
+		for _, n := range nets {
+			a.Networks = append(a.Networks, versioned{SharedNetwork: n.Shared(), Seq: tx.Version(n.VNI)})
+		}
+		return err
+	})
+	a.VNI, a.Epoch = q.VNI, epoch
+	return a, err
+}

@@ -1,0 +1,190 @@
+package hosts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// PluginName is the name under which InstallPlugin creates the plugin, and the
+// one that "docker network create -d" wants.
+const PluginName = "weft:latest"
+
+// Docker runs the Docker command against the host and returns its output.
+func (h *Host) Docker(ctx context.Context, args ...string) (string, error) {
+	return run(ctx, h.dockerEnv(), "docker", args...)
+}
+
+// DockerCommand prepares a Docker command that the caller starts himself.
+func (h *Host) DockerCommand(ctx context.Context, args ...string) *exec.Cmd {
+	return command(ctx, h.dockerEnv(), "docker", args...)
+}
+
+func (h *Host) dockerEnv() []string {
+	// A folder of its own: the user's logins, contexts and proxies are not ours.
+	return []string{"DOCKER_HOST=unix://" + h.socket(), "DOCKER_CONFIG=" + filepath.Join(h.Dir, "cli"), "DOCKER_CONTEXT=", "DOCKER_TLS_VERIFY="}
+}
+
+// InstallPlugin creates, sets and enables the plugin from a folder as `make
+// plugin` leaves it. A setting is NAME=VALUE. The host's `weft` command (Exec)
+// is the one of that folder.
+func (h *Host) InstallPlugin(ctx context.Context, dir string, settings ...string) error {
+	if err := h.LinkCommand(dir); err != nil {
+		return err
+	}
+	if _, err := h.Docker(ctx, "plugin", "create", PluginName, dir); err != nil {
+		return err
+	}
+	if len(settings) > 0 {
+		if _, err := h.Docker(ctx, append([]string{"plugin", "set", PluginName}, settings...)...); err != nil {
+			return err
+		}
+	}
+	if _, err := h.Docker(ctx, "plugin", "enable", PluginName); err != nil {
+		return fmt.Errorf("%w; the end of dockerd's log:\n%s", err, tail(h.LogFile(), 15))
+	}
+	return nil
+}
+
+// LinkCommand makes the weft program of a plugin folder the host's command.
+func (h *Host) LinkCommand(dir string) error {
+	abs, err := filepath.Abs(filepath.Join(dir, "rootfs/bin/weft"))
+	if err != nil {
+		return err
+	}
+	link := filepath.Join(h.Dir, "bin", "weft")
+	if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.Symlink(abs, link)
+}
+
+// PluginID returns Docker's id of the plugin, 64 hex digits.
+func (h *Host) PluginID(ctx context.Context) (string, error) {
+	return h.Docker(ctx, "plugin", "inspect", "--format", "{{.Id}}", PluginName)
+}
+
+// StateDir is the plugin's propagated mount, seen from the host.
+func (h *Host) StateDir(ctx context.Context) (string, error) {
+	id, err := h.PluginID(ctx)
+	return filepath.Join(h.Dir, "data/plugins", id, "propagated-mount"), err
+}
+
+// SocketDir is the folder of the plugin's sockets, seen from the host.
+func (h *Host) SocketDir(ctx context.Context) (string, error) {
+	id, err := h.PluginID(ctx)
+	return filepath.Join(h.Dir, "run/plugins", id), err
+}
+
+// PluginPID returns the process id of the plugin. It does not ask dockerd when
+// id is given, so it also works while dockerd is away.
+func (h *Host) PluginPID(ctx context.Context, id string) (int, error) {
+	if id == "" {
+		var err error
+		if id, err = h.PluginID(ctx); err != nil {
+			return 0, err
+		}
+	}
+	raw, err := os.ReadFile(filepath.Join(h.Dir, "run/containerd/daemon/io.containerd.runtime.v2.task/plugins.moby", id, "init.pid"))
+	if err != nil {
+		return 0, fmt.Errorf("host %s: plugin does not run: %w", h.Name, err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(raw)))
+	if err != nil {
+		return 0, err
+	}
+	if isZombie(pid) {
+		return 0, fmt.Errorf("host %s: plugin process %d has ended", h.Name, pid)
+	}
+	return pid, nil
+}
+
+// KillPlugin kills the plugin with SIGKILL and returns the process it was.
+func (h *Host) KillPlugin(ctx context.Context) (int, error) {
+	pid, err := h.PluginPID(ctx, "")
+	if err != nil {
+		return 0, err
+	}
+	return pid, syscall.Kill(pid, syscall.SIGKILL)
+}
+
+// WaitPlugin waits until a plugin process other than old serves calls, and
+// returns how long that took.
+func (h *Host) WaitPlugin(ctx context.Context, old int) (time.Duration, error) {
+	id, err := h.PluginID(ctx)
+	if err != nil {
+		return 0, err
+	}
+	started := time.Now()
+	socket := filepath.Join(h.Dir, "run/plugins", id, "weft.sock")
+	err = waitFor(ctx, 10*time.Millisecond, "plugin on host "+h.Name+" to serve", func() (bool, error) {
+		if pid, err := h.PluginPID(ctx, id); err != nil || pid == old {
+			return false, nil
+		}
+		resp, err := unixClient(socket).Do(request(ctx, http.MethodPost, "/NetworkDriver.GetCapabilities"))
+		if err != nil {
+			return false, nil
+		}
+		_ = resp.Body.Close()
+		return resp.StatusCode == http.StatusOK, nil
+	})
+	return time.Since(started), err
+}
+
+// Container is one container of a host.
+type Container struct {
+	Host *Host
+	Name string
+}
+
+// Run starts a container of the image in the background. The arguments go
+// between "docker run -d --name NAME" and the image.
+func (h *Host) Run(ctx context.Context, name string, args ...string) (Container, error) {
+	line := append([]string{"run", "--detach", "--name", name, "--stop-timeout", "1"}, args...)
+	_, err := h.Docker(ctx, append(line, Image, "sleep", "infinity")...)
+	return Container{Host: h, Name: name}, err
+}
+
+// Exec runs a command in the container.
+func (c Container) Exec(ctx context.Context, args ...string) (string, error) {
+	return c.Host.Docker(ctx, append([]string{"exec", c.Name}, args...)...)
+}
+
+// Address returns the container's IPv4 address in the network.
+func (c Container) Address(ctx context.Context, network string) (netip.Addr, error) {
+	out, err := c.Host.Docker(ctx, "inspect", "--format",
+		fmt.Sprintf("{{(index .NetworkSettings.Networks %q).IPAddress}}", network), c.Name)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	return netip.ParseAddr(out)
+}
+
+// PID returns the container's first process.
+func (c Container) PID(ctx context.Context) (int, error) {
+	out, err := c.Host.Docker(ctx, "inspect", "--format", "{{.State.Pid}}", c.Name)
+	if err != nil {
+		return 0, err
+	}
+	pid, err := strconv.Atoi(out)
+	if err == nil && pid == 0 {
+		err = fmt.Errorf("container %s on host %s does not run", c.Name, c.Host.Name)
+	}
+	return pid, err
+}
+
+// Remove removes the container at once.
+func (c Container) Remove(ctx context.Context) error {
+	_, err := c.Host.Docker(ctx, "rm", "--force", "--volumes", c.Name)
+	return err
+}

@@ -1,0 +1,178 @@
+package hosts
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Underlay is the cable between the hosts: a network namespace with a bridge and
+// a port per host. Addresses are 192.0.2.0/24 and 2001:db8::/64; .1 and ::1 are
+// the hosts' default gateway and lead nowhere.
+type Underlay struct {
+	Namespace string // name for ip netns
+	MTU       int
+}
+
+const mainBridge = "cable0"
+
+func newUnderlay(ctx context.Context, lab string, mtu int) (*Underlay, error) {
+	u := &Underlay{Namespace: lab + "-underlay", MTU: mtu}
+	if _, err := run(ctx, nil, "ip", "netns", "add", u.Namespace); err != nil {
+		return nil, err
+	}
+	return u, u.script(ctx, `
+link set lo up
+link add `+mainBridge+` type bridge
+link set `+mainBridge+` up
+address add 192.0.2.1/24 dev `+mainBridge+`
+address add 2001:db8::1/64 dev `+mainBridge+` nodad
+`)
+}
+
+// script runs a batch of ip commands in the underlay.
+func (u *Underlay) script(ctx context.Context, lines string) error {
+	return ipBatch(ctx, u.Namespace, lines)
+}
+
+func ipBatch(ctx context.Context, netns, lines string) error {
+	cmd := command(ctx, nil, "ip", "-n", netns, "-batch", "-")
+	cmd.Stdin = strings.NewReader(lines)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("ip -n %s -batch: %w: %s", netns, err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// connect plugs a host in: eth0 in its namespace.
+func (u *Underlay) connect(ctx context.Context, h *Host) error {
+	mtu := strconv.Itoa(u.MTU)
+	err := u.script(ctx, `
+link add `+port(h)+` mtu `+mtu+` type veth peer name eth0 mtu `+mtu+` netns `+h.netns+`
+link set `+port(h)+` master `+mainBridge+` up
+`)
+	if err != nil {
+		return err
+	}
+	return ipBatch(ctx, h.netns, `
+link set lo up
+address add `+h.Address.String()+`/24 dev eth0
+address add `+h.Address6.String()+`/64 dev eth0 nodad
+link set eth0 up
+route add default via 192.0.2.1
+route add default via 2001:db8::1
+`)
+}
+
+func port(h *Host) string { return "h-" + h.Name }
+
+// Cut drops everything to and from the host, silently: its link stays up.
+func (u *Underlay) Cut(ctx context.Context, h *Host) error {
+	_, err := run(ctx, nil, "bridge", "-n", u.Namespace, "link", "set", "dev", port(h), "state", "0")
+	return err
+}
+
+// Unplug takes the host's link down, which the host sees.
+func (u *Underlay) Unplug(ctx context.Context, h *Host) error {
+	return u.script(ctx, "link set "+port(h)+" down\n")
+}
+
+// Partition splits the hosts: those named in one group reach each other and
+// nobody else. A host in no group stays with the default gateway.
+func (u *Underlay) Partition(ctx context.Context, groups ...[]*Host) error {
+	var b strings.Builder
+	for i, g := range groups {
+		bridge := "cable" + strconv.Itoa(i+1)
+		fmt.Fprintf(&b, "link add %s type bridge\nlink set %s up\n", bridge, bridge)
+		for _, h := range g {
+			fmt.Fprintf(&b, "link set %s master %s\n", port(h), bridge)
+		}
+	}
+	return u.script(ctx, b.String())
+}
+
+// Heal undoes Cut, Unplug and Partition for all the hosts given.
+func (u *Underlay) Heal(ctx context.Context, hosts ...*Host) error {
+	var b strings.Builder
+	for _, h := range hosts {
+		// Leaving a bridge and joining one also resets the port's state.
+		fmt.Fprintf(&b, "link set %s nomaster\nlink set %s master %s up\n", port(h), port(h), mainBridge)
+	}
+	if err := u.script(ctx, b.String()); err != nil {
+		return err
+	}
+	out, err := run(ctx, nil, "ip", "-n", u.Namespace, "-o", "link", "show", "type", "bridge")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(out) {
+		name := strings.TrimSuffix(strings.Fields(line)[1], ":")
+		if name == mainBridge {
+			continue
+		}
+		ports, err := run(ctx, nil, "ip", "-n", u.Namespace, "-o", "link", "show", "master", name)
+		if err != nil {
+			return err
+		}
+		if ports == "" {
+			if err := u.script(ctx, "link del "+name+"\n"); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Capture is a running tcpdump on a host's cable.
+type Capture struct {
+	File string // pcap, in the lab's folder
+	cmd  *exec.Cmd
+}
+
+// Capture records the host's packets that match filter (pcap syntax) until Stop.
+func (u *Underlay) Capture(ctx context.Context, h *Host, filter string) (*Capture, error) {
+	f, err := os.CreateTemp(h.lab.Dir, "capture-*.pcap")
+	if err != nil {
+		return nil, err
+	}
+	c := &Capture{File: f.Name()}
+	if err := f.Close(); err != nil {
+		return nil, err
+	}
+	c.cmd = command(ctx, nil, "ip", "netns", "exec", u.Namespace,
+		"tcpdump", "-i", port(h), "-Z", "root", "-n", "-U", "-s", "0", "-w", c.File, filter)
+	if err := c.cmd.Start(); err != nil {
+		return nil, err
+	}
+	// tcpdump writes the file's header once it listens.
+	wctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	err = waitFor(wctx, 10*time.Millisecond, "tcpdump to listen", func() (bool, error) {
+		st, err := os.Stat(c.File)
+		return err == nil && st.Size() > 0, err
+	})
+	if err != nil {
+		_ = c.cmd.Process.Kill()
+		_ = c.cmd.Wait()
+		return nil, err
+	}
+	return c, nil
+}
+
+// Stop ends the capture and returns its packets as text, a line each.
+func (c *Capture) Stop(ctx context.Context) ([]string, error) {
+	if err := c.cmd.Process.Signal(syscall.SIGINT); err != nil {
+		return nil, err
+	}
+	_ = c.cmd.Wait() // its exit status says nothing about the file
+	out, err := run(ctx, nil, "tcpdump", "-n", "-e", "-r", c.File)
+	if err != nil || out == "" {
+		return nil, err
+	}
+	return strings.Split(out, "\n"), nil
+}
