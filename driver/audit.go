@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"time"
 
@@ -24,17 +25,22 @@ const (
 type Audit struct {
 	d     *Driver
 	now   func() time.Time
+	every time.Duration
 	since map[store.EndpointID]time.Time // first sighting without a live link
 }
 
-// NewAudit returns the audit of a driver's endpoints.
-func NewAudit(d *Driver) *Audit {
-	return &Audit{d: d, now: time.Now, since: map[store.EndpointID]time.Time{}}
+// NewAudit returns the audit of a driver's endpoints. It looks every so often, 0
+// for half a minute, and reads the time from now, nil for time.Now.
+func NewAudit(d *Driver, every time.Duration, now func() time.Time) *Audit {
+	if now == nil {
+		now = time.Now
+	}
+	return &Audit{d: d, now: now, every: cmp.Or(every, auditEvery), since: map[store.EndpointID]time.Time{}}
 }
 
 // Run audits until ctx ends and returns nil.
 func (a *Audit) Run(ctx context.Context) error {
-	tick := time.NewTicker(auditEvery)
+	tick := time.NewTicker(a.every)
 	defer tick.Stop()
 	for {
 		select {

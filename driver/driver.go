@@ -226,6 +226,19 @@ func (d *Driver) DeleteNetwork(ctx context.Context, r network.DeleteNetworkReque
 	return struct{}{}, err
 }
 
+// AbandonNetwork removes a network whose CreateNetwork a crash cut off: Docker
+// has forgotten it. One with endpoints is in use and stays: the call repeated
+// what was there.
+func (d *Driver) AbandonNetwork(ctx context.Context, id string) error {
+	return d.DB.Update(ctx, func(tx *store.Tx) error {
+		eps, err := tx.Endpoints(store.NetworkID(id))
+		if err != nil || len(eps) > 0 {
+			return err
+		}
+		return tx.DeleteNetwork(store.NetworkID(id))
+	})
+}
+
 // forget deletes a record after its call failed, also when the call's time is up.
 func (d *Driver) forget(fn func(*store.Tx) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)

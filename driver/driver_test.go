@@ -369,7 +369,7 @@ func TestAuditNeedsTwoSightingsAndTime(t *testing.T) {
 	if _, err := d.Join(t.Context(), network.JoinRequest{NetworkID: netA, EndpointID: epA, SandboxKey: "/x"}); err != nil {
 		t.Fatal(err)
 	}
-	a, now := NewAudit(d), time.Now()
+	a, now := NewAudit(d, 0, nil), time.Now()
 	a.now = func() time.Time { return now }
 	left := func() (out []store.EndpointID) {
 		if err := a.once(t.Context()); err != nil {

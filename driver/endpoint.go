@@ -200,6 +200,21 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r network.DeleteEndpointReq
 	return struct{}{}, err
 }
 
+// AbandonEndpoint removes an endpoint whose CreateEndpoint a crash cut off: Docker
+// has forgotten it. One that is joined stays: the call repeated what was there.
+func (d *Driver) AbandonEndpoint(ctx context.Context, network, endpoint string) error {
+	return d.DB.Update(ctx, func(tx *store.Tx) error {
+		e, err := tx.Endpoint(store.NetworkID(network), store.EndpointID(endpoint))
+		if errors.Is(err, store.ErrNotFound) || err == nil && e.Sandbox != "" {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return tx.DeleteEndpoint(e.Network, e.ID)
+	})
+}
+
 // FailPoints lists the steps at which a test build can be killed in this package.
 func FailPoints() []string {
 	return []string{

@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/netip"
@@ -25,9 +26,9 @@ type sighting struct {
 
 func sightingOf(l store.Lease) sighting { return sighting{l.Pool, l.Address, l.Taken.UnixNano()} }
 
-// Run audits every minute until ctx ends.
+// Run audits every Config.AuditEvery until ctx ends.
 func (i *IPAM) Run(ctx context.Context) error {
-	tick := time.NewTicker(auditEvery)
+	tick := time.NewTicker(cmp.Or(i.cfg.AuditEvery, auditEvery))
 	defer tick.Stop()
 	for {
 		select {

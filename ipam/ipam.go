@@ -59,8 +59,10 @@ type Config struct {
 	// Grace is how long Audit waits before it frees a leaked lease; 0 means 10
 	// minutes.
 	Grace time.Duration
-	Now   func() time.Time // nil means time.Now
-	Log   *slog.Logger     // nil means none
+	// AuditEvery is how often Run audits; 0 means every minute.
+	AuditEvery time.Duration
+	Now        func() time.Time // nil means time.Now
+	Log        *slog.Logger     // nil means none
 }
 
 // IPAM serves the calls. All methods may be called from any goroutine.

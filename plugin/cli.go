@@ -36,7 +36,7 @@ type verb struct {
 }
 
 func verbs() []verb {
-	return []verb{
+	return append([]verb{
 		{name: "status", help: "what is wrong, in words; then this host, its underlay, peers and networks", prepare: simple(status)},
 		{name: "networks", help: "networks of this host", prepare: simple(networks)},
 		{name: "endpoints", help: "endpoints in them, here and on peers", prepare: simple(endpoints)},
@@ -47,7 +47,7 @@ func verbs() []verb {
 		{name: "version", help: "versions of command and plugin", prepare: simple(versions)},
 		{name: "install", help: "put this command into the path, and make it \"docker weft\"", prepare: install},
 		{name: "settings", help: "the plugin's settings as a table", hidden: true, prepare: simple(func(_ context.Context, c *cli) error { printSettings(c.out); return nil })},
-	}
+	}, testVerbs()...)
 }
 
 // simple is the prepare of a verb without arguments and flags of its own.

@@ -49,6 +49,10 @@ func (c *cli) report(found auditReply, names map[store.NetworkID]string, docker 
 	}
 	if !c.print(found) {
 		for _, d := range found.Differences {
+			if d.Between == betweenLeases && d.Network == "" {
+				fmt.Fprintf(c.out, "%s: %s\n", d.Between, d.Text)
+				continue
+			}
 			fmt.Fprintf(c.out, "%s: %s: %s\n", d.Between, networkName(d.Network, d.VNI, names), d.Text)
 		}
 		switch {
@@ -226,7 +230,7 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply) []d
 		}
 		for a, who := range o.used {
 			if !leased[a] {
-				add(o.net, "%s of %s is not leased", a, who)
+				add(o.net, "address %s (%s) is not leased", a, who)
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -87,7 +88,7 @@ func clusterText(s statusReply) string {
 	if len(s.Join) == 0 && s.Records.PeersAlive+s.Records.PeersDead+s.Records.PeersHidden == 0 {
 		return "this one alone; WEFT_JOIN names others"
 	}
-	text := fmt.Sprintf("%d others alive, %d silent", s.Records.PeersAlive, s.Records.PeersDead+s.Records.PeersHidden)
+	text := fmt.Sprintf("others: %d alive, %d silent", s.Records.PeersAlive, s.Records.PeersDead+s.Records.PeersHidden)
 	if s.Encrypted {
 		return text + "; gossip and records are encrypted"
 	}
@@ -162,22 +163,26 @@ func pools(ctx context.Context, c *cli) error {
 	if err != nil || c.print(all) {
 		return err
 	}
-	rows := [][]string{{"POOL", "RANGE", "SPACE", "ADDRESS", "KIND", "TAKEN", "FOR"}}
+	rows, leases := [][]string{{"POOL", "RANGE", "SPACE", "USED", "COOLING", "OF"}}, [][]string{{"ADDRESS", "POOL", "KIND", "TAKEN", "FOR"}}
 	for _, p := range all {
 		sub := "-"
 		if p.Sub.IsValid() {
 			sub = p.Sub.String()
 		}
-		rows = append(rows, []string{p.Prefix.String(), sub, p.Space, fmt.Sprintf("%d of %d", p.Used, p.Total), "", "", ""})
+		rows = append(rows, []string{p.Prefix.String(), sub, p.Space, strconv.Itoa(p.Used), strconv.Itoa(p.Cooling), fmt.Sprint(p.Total)})
 		for _, l := range p.Leases {
 			kind := l.Kind
 			if !l.Freed.IsZero() {
 				kind = "cooling"
 			}
-			rows = append(rows, []string{"", "", "", l.Address.String(), kind, l.Taken.UTC().Format(time.DateTime), l.Tag})
+			leases = append(leases, []string{l.Address.String(), p.Prefix.String(), kind, l.Taken.UTC().Format(time.DateTime), l.Tag})
 		}
 	}
 	c.table(rows)
+	if len(leases) > 1 {
+		fmt.Fprintln(c.out)
+		c.table(leases)
+	}
 	return nil
 }
 
@@ -229,15 +234,14 @@ func addresses(all ...netip.Addr) string {
 
 // networkName returns how a network is called in texts.
 func networkName(id store.NetworkID, v store.VNI, names map[store.NetworkID]string) string {
+	name := cmp.Or(names[id], short(id))
 	switch {
 	case v == store.HostVNI && id == "":
 		return "host"
-	case names[id] != "":
-		return fmt.Sprintf("network %s (vni %d)", names[id], v)
-	case id != "" && v == 0:
-		return "network " + short(id)
-	case id != "":
-		return fmt.Sprintf("network %s (vni %d)", short(id), v)
+	case v == store.HostVNI:
+		return "network " + name
+	case id == "":
+		return fmt.Sprintf("vni %d", v)
 	}
-	return fmt.Sprintf("vni %d", v)
+	return fmt.Sprintf("network %s (vni %d)", name, v)
 }

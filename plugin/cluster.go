@@ -27,9 +27,15 @@ func newCluster(p *process, db *store.DB, identity store.Identity) *cluster {
 	return &cluster{p: p, db: db, identity: identity}
 }
 
-// run keeps the cluster up until ctx ends.
-func (c *cluster) run(ctx context.Context) error {
+// run keeps the cluster up until ctx ends, from when ready is closed: before, the
+// host's address is not known.
+func (c *cluster) run(ctx context.Context, ready <-chan struct{}) error {
 	if len(c.p.set.join) == 0 {
+		return nil
+	}
+	select {
+	case <-ready:
+	case <-ctx.Done():
 		return nil
 	}
 	return c.p.keep(ctx, "gossip", func() error {

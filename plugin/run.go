@@ -48,6 +48,7 @@ type process struct {
 	gate    *gate
 	metrics *metrics
 	log     *slog.Logger
+	journal *journal
 	started time.Time
 }
 
@@ -66,6 +67,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	}
 	var wrong error
 	p.set, wrong = parseSettings(os.Getenv, os.ReadFile)
+	useFailPoints(p.places.state)
 	p.started, p.gate = time.Now(), newGate()
 	p.metrics = newMetrics(p.gate)
 	// dockerd writes the time in front of each line.
@@ -82,6 +84,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	if err := dropPrivileges(); err != nil {
 		p.log.Error("privileges were not dropped", "err", err)
 	}
+	p.journal = openJournal(filepath.Join(p.places.state, journalFolder), p.log)
 	p.log.Info("weft listens", "version", buildVersion(), "pid", os.Getpid())
 
 	// The workers outlive the servers: calls in flight need them to finish.
@@ -91,7 +94,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 
 	servers, ctx := errgroup.WithContext(ctx)
 	servers.Go(func() error { return p.awaitSignal(ctx) })
-	calls := &server{gate: p.gate, metrics: p.metrics, log: p.log, limit: callLimit}
+	calls := &server{gate: p.gate, metrics: p.metrics, log: p.log, limit: callLimit, journal: p.journal}
 	servers.Go(func() error { return serveHTTP(ctx, docker, calls.handler(routes()), p.log) })
 	servers.Go(func() error { return serveHTTP(ctx, admin, p.adminHandler(), p.log) })
 	servers.Go(func() error { return p.serveMetrics(ctx) })
@@ -213,12 +216,14 @@ func (p *process) serveRecords(ctx context.Context) error {
 	loop := dataplane.NewLoop(db, k, p.set.address, c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
 		driver: driver.New(driver.Config{DB: db, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
-		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Routes: ipamRoutes(k), Log: p.log}),
+		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Routes: ipamRoutes(k), AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}
+	// Before the gate opens: nothing of what follows may come in between.
+	p.journal.finish(ctx, svc)
 	tasks, ctx := errgroup.WithContext(ctx)
 	tasks.Go(func() error { return loop.Run(ctx) })
-	tasks.Go(func() error { return c.run(ctx) })
-	tasks.Go(func() error { return driver.NewAudit(svc.driver).Run(ctx) })
+	tasks.Go(func() error { return c.run(ctx, loop.Ready()) })
+	tasks.Go(func() error { return driver.NewAudit(svc.driver, auditEvery, auditClock(p.places.state)).Run(ctx) })
 	tasks.Go(func() error { return svc.ipam.Run(ctx) })
 	tasks.Go(func() error { return reportReady(ctx, loop, p.log) })
 	p.gate.open(svc)

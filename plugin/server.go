@@ -48,6 +48,7 @@ type server struct {
 	metrics *metrics
 	log     *slog.Logger
 	limit   time.Duration // of a call; callLimit outside tests
+	journal *journal
 }
 
 // call is one entry of the route table: it decodes, waits for the services if it
@@ -121,13 +122,17 @@ func (s *server) run(ctx context.Context, c call, body []byte) (any, error) {
 	go func() {
 		inner, cancel := context.WithTimeout(ctx, s.limit-min(answerMargin, s.limit/10))
 		defer cancel()
+		// Ends before the answer goes out, and not before the call does.
+		end := s.journal.begin(c.method, body)
 		defer func() {
+			end()
 			if p := recover(); p != nil {
 				s.log.Error("call panicked", "method", c.method, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 				done <- result{err: fmt.Errorf("internal error in %s: %v; see the log of dockerd, and please report it", c.method, p)}
 			}
 		}()
 		reply, err := c.serve(inner, s.gate, body)
+		end()
 		done <- result{reply, err}
 	}()
 	select {

@@ -86,6 +86,9 @@ func parseSettings(getenv func(string) string, readFile func(string) ([]byte, er
 			errs = append(errs, fmt.Errorf("setting %s=%.60q: %w", row.name, shown(row.name, v), err))
 		}
 	}
+	for i, host := range s.join { // now that the port is known
+		s.join[i], _ = joinAddress(host, s.port) // checked before
+	}
 	if err := s.loadKey(readFile); err != nil {
 		errs = append(errs, err)
 	}
@@ -93,7 +96,7 @@ func parseSettings(getenv func(string) string, readFile func(string) ([]byte, er
 		errs = append(errs, fmt.Errorf("settings WEFT_PORT and WEFT_DATA_PORT are both %d; both take TCP, so choose two ports", s.port))
 	}
 	if len(errs) > 0 {
-		return s, fmt.Errorf("%w; correct it with: docker plugin disable -f weft && docker plugin set weft NAME=VALUE && docker plugin enable weft", errors.Join(errs...))
+		return s, fmt.Errorf("%w; correct it with: docker plugin disable -f weft:latest && docker plugin set weft:latest NAME=VALUE && docker plugin enable weft:latest", errors.Join(errs...))
 	}
 	return s, nil
 }
@@ -141,28 +144,27 @@ func parseKey(v string) ([]byte, error) {
 
 func setJoin(s *settings, v string) error {
 	for _, host := range words(v) {
-		addr, err := joinAddress(host, defaultPort)
-		if err != nil {
+		if _, err := joinAddress(host, defaultPort); err != nil {
 			return err
 		}
-		s.join = append(s.join, addr)
+		s.join = append(s.join, host)
 	}
 	return nil
 }
 
 // joinAddress completes a host with the port. IPv6 may stand bare or in brackets.
-func joinAddress(host string, port int) (string, error) {
+func joinAddress(host string, port uint16) (string, error) {
 	if a, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
-		return net.JoinHostPort(a.String(), strconv.Itoa(port)), nil
+		return net.JoinHostPort(a.String(), strconv.Itoa(int(port))), nil
 	}
 	name, p, err := net.SplitHostPort(host)
 	if err != nil {
-		name, p = host, strconv.Itoa(port)
+		name, p = host, strconv.Itoa(int(port))
 	}
 	if n, err := strconv.ParseUint(p, 10, 16); err != nil || n == 0 {
 		return "", fmt.Errorf("%.60q has no port from 1 to 65535; write host or host:port", host)
 	}
-	if name == "" || strings.ContainsAny(name, "/:@[] ") {
+	if _, err := netip.ParseAddr(name); err != nil && (name == "" || strings.ContainsAny(name, "/:@[] ")) {
 		return "", fmt.Errorf("%.60q is not a host; write a name or address, with :port if it is not %d", host, port)
 	}
 	return net.JoinHostPort(name, p), nil

@@ -83,7 +83,8 @@ func (e damageError) Unwrap() error { return e.err }
 func isDamage(err error) bool {
 	var d damageError
 	return errors.As(err, &d) || errors.Is(err, bolterrors.ErrInvalid) ||
-		errors.Is(err, bolterrors.ErrChecksum) || errors.Is(err, bolterrors.ErrVersionMismatch)
+		errors.Is(err, bolterrors.ErrChecksum) || errors.Is(err, bolterrors.ErrVersionMismatch) ||
+		errors.Is(err, bolterrors.ErrIncompatibleValue)
 }
 
 // openChecked opens the file, brings it to the current schema and reads every
@@ -111,6 +112,9 @@ func openChecked(path string) (_ *bbolt.DB, epoch uint64, err error) {
 	bolt, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTimeout, FreelistType: bbolt.FreelistMapType})
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, 0, ErrLocked
+	}
+	if st, statErr := os.Stat(path); err != nil && statErr == nil && st.Size() < int64(2*os.Getpagesize()) {
+		return nil, 0, damageError{err} // cut off; bbolt has no name for that
 	}
 	if err != nil {
 		return nil, 0, err

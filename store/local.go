@@ -182,7 +182,9 @@ func (tx *Tx) Delta(v VNI, since uint64) (Delta, error) {
 	if err != nil {
 		return d, err
 	}
+	there := make(map[EndpointID]bool, len(eps))
 	for _, e := range eps {
+		there[e.ID] = true
 		if !d.Full && e.Seq <= since {
 			continue
 		}
@@ -200,7 +202,8 @@ func (tx *Tx) Delta(v VNI, since uint64) (Delta, error) {
 		if len(k) != 12 {
 			return nil
 		}
-		if seq := binary.BigEndian.Uint64(k[4:]); seq > since {
+		// One that was made again under its id is in the list above.
+		if seq := binary.BigEndian.Uint64(k[4:]); seq > since && !there[EndpointID(id)] {
 			d.Endpoints = append(d.Endpoints, SharedEndpoint{ID: EndpointID(id), Seq: seq, Gone: true})
 		}
 		return nil

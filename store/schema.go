@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"go.etcd.io/bbolt"
@@ -22,18 +23,26 @@ var (
 // old one, and returns its epoch: a random number that peers compare, so that
 // they fetch everything again after a database was lost.
 func prepareSchema(tx *bbolt.Tx) (epoch uint64, err error) {
+	made := tx.Bucket(bucketMeta) != nil
+	if made {
+		switch v := getUint(tx, bucketMeta, keySchema); {
+		case v > Schema:
+			return 0, fmt.Errorf("%w: its schema is %d, this version knows %d; install the newer plugin again", ErrNewerSchema, v, Schema)
+		case v == 0:
+			return 0, damageError{errors.New("schema version is missing")}
+		}
+	}
 	for _, b := range buckets {
+		// All are made at once: one that is missing beside others was lost.
+		if (tx.Bucket(b) != nil) != made {
+			return 0, damageError{fmt.Errorf("bucket %s does not fit the others", b)}
+		}
 		if _, err := tx.CreateBucketIfNotExists(b); err != nil {
 			return 0, err
 		}
 	}
-	switch v := getUint(tx, bucketMeta, keySchema); {
-	case v > Schema:
-		return 0, fmt.Errorf("%w: its schema is %d, this version knows %d; install the newer plugin again", ErrNewerSchema, v, Schema)
-	case v == 0:
-		if err := putUint(tx, bucketMeta, keySchema, Schema); err != nil {
-			return 0, err
-		}
+	if err := putUint(tx, bucketMeta, keySchema, Schema); err != nil {
+		return 0, err
 	}
 	epoch = getUint(tx, bucketMeta, keyEpoch)
 	if epoch == 0 {

@@ -35,7 +35,7 @@ type backendCheck struct {
 }
 
 func newRuler(setting string, log *slog.Logger) (*ruler, error) {
-	r := &ruler{log: log, setting: setting, tools: map[string]tools{}, noV6: dataplane.Plan{}}
+	r := &ruler{log: log, setting: setting, tools: map[string]tools{}, ipv6Off: ipv6Off, noV6: dataplane.Plan{}}
 	var missing error
 	for _, b := range []string{nft, legacy} {
 		t := tools{map[bool]string{}, map[bool]string{}, map[bool]string{}}
@@ -90,7 +90,7 @@ func (r *ruler) detectLocked(ctx context.Context) error {
 		}
 		rules[b] = map[bool]ruleset{}
 		for _, v6 := range []bool{false, true} {
-			if v6 && ipv6Off() {
+			if v6 && r.ipv6Off() {
 				continue
 			}
 			rs, err := r.saveLocked(ctx, b, v6)

@@ -8,7 +8,7 @@
 //
 //	kernel.go    Read, Apply, Recover
 //	netlink.go   the socket: batches, dumps
-//	link.go      links as the kernel tells them; linkput.go makes and removes them
+//	link.go      links as the kernel tells them; linkput.go makes, linkgone.go removes them
 //	entry.go     forwarding entries and neighbours
 //	set.go       sets
 //	rules.go     chains and jumps as iptables-save tells them; restore.go writes them
@@ -26,7 +26,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync/atomic"
 
@@ -104,7 +103,7 @@ func New(cfg Config) (_ *Kernel, err error) {
 	if k.ns, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 		return nil, err
 	}
-	if loose, err := os.ReadFile(filepath.Join(cfg.SysNet, "ipv4/conf/all/rp_filter")); err == nil && string(loose) == "2\n" {
+	if loose, err := os.ReadFile("/proc/sys/net/ipv4/conf/all/rp_filter"); err == nil && string(loose) == "2\n" {
 		k.log.Warn("net.ipv4.conf.all.rp_filter is 2: without Weft's rules, containers on Weft networks can send to this host; set it to 0 or 1")
 	}
 	return k, nil
@@ -199,6 +198,9 @@ func (k *Kernel) Apply(ctx context.Context, ops []dataplane.Op) []*dataplane.OpE
 		for n < len(ops) && classOf(ops[n]) == c {
 			n++
 		}
+		for _, op := range ops[:n] {
+			store.FailPoint(failPoint(op.Verb, op.Object.Key().Kind))
+		}
 		for i, err := range k.apply(ctx, c, ops[:n], ops[n:]) {
 			if err != nil {
 				failed = append(failed, &dataplane.OpError{Op: ops[i], Err: err})
@@ -207,6 +209,25 @@ func (k *Kernel) Apply(ctx context.Context, ops []dataplane.Op) []*dataplane.OpE
 		ops = ops[n:]
 	}
 	return failed
+}
+
+// failPoint names the step before operations of the kind go to the kernel.
+func failPoint(verb dataplane.Verb, kind dataplane.Kind) string {
+	if verb == dataplane.Delete {
+		return "kernel.delete." + kind.String()
+	}
+	return "kernel.put." + kind.String()
+}
+
+// FailPoints lists the steps at which a test build can be killed in this package.
+func FailPoints() []string {
+	var out []string
+	for _, verb := range []dataplane.Verb{dataplane.Put, dataplane.Delete} {
+		for kind := dataplane.KindSet; kind <= dataplane.KindFDB; kind++ {
+			out = append(out, failPoint(verb, kind))
+		}
+	}
+	return out
 }
 
 // apply runs ops, which are all of class c, and returns one error per op. later

@@ -18,8 +18,7 @@ func newKernel(t testing.TB, cfg kernel.Config) *kernel.Kernel {
 	return open(t, cfg)
 }
 
-// open returns the kernel of the calling thread's namespace, and checks at the end
-// that the test left no socket open in use and no rule of ours unread.
+// open returns the kernel of the calling thread's namespace, until the test ends.
 func open(t testing.TB, cfg kernel.Config) *kernel.Kernel {
 	t.Helper()
 	cfg.Log = slog.New(slog.NewTextHandler(t.Output(), nil))

@@ -47,7 +47,7 @@ func (r *ruler) apply(ctx context.Context, ops []dataplane.Op) []error {
 			case isStale && !v6:
 				errs[i] = r.sweepLocked(other, op)
 			case isStale || is6 != v6:
-			case v6 && ipv6Off():
+			case v6 && r.ipv6Off():
 				r.pretendLocked(op)
 			default:
 				family = append(family, i)

@@ -33,6 +33,7 @@ type ruler struct {
 	log     *slog.Logger
 	setting string
 	tools   map[string]tools // by backend; one that is not installed is missing
+	ipv6Off func() bool      // the kernel runs without IPv6
 
 	mu      sync.Mutex // guards what follows
 	backend string     // "" before the first detection
@@ -197,7 +198,7 @@ func (r *ruler) read(ctx context.Context, p dataplane.Plan) error {
 	}
 	r.seen = rules.String()
 	maps.Copy(p, rules)
-	if ipv6Off() {
+	if r.ipv6Off() {
 		maps.Copy(p, r.noV6)
 	}
 	for _, c := range r.checked.stale {
@@ -210,7 +211,7 @@ func (r *ruler) read(ctx context.Context, p dataplane.Plan) error {
 func (r *ruler) readLocked(ctx context.Context) (dataplane.Plan, error) {
 	p := dataplane.Plan{}
 	for _, v6 := range []bool{false, true} {
-		if v6 && ipv6Off() {
+		if v6 && r.ipv6Off() {
 			continue
 		}
 		rs, err := r.saveLocked(ctx, r.backend, v6)

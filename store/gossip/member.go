@@ -62,12 +62,9 @@ func (c *Cluster) attendAlways(ctx context.Context) error {
 				c.log.Error("this host is not part of the cluster; trying on", "address", addr, "err", err)
 			}
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(wait):
-		case <-c.moved:
-		}
+		pause, end := context.WithTimeout(ctx, wait)
+		_ = c.watchAddress(pause, addr) // another address is worth a try at once
+		end()
 	}
 }
 

@@ -80,7 +80,8 @@ func (h *Host) StateDir(ctx context.Context) (string, error) {
 	return filepath.Join(h.Dir, "data/plugins", id, "propagated-mount"), err
 }
 
-// SocketDir is the folder of the plugin's sockets, seen from the host.
+// SocketDir is the folder of the plugin's sockets, seen from the host. Its paths
+// are too long to dial; /proc/PID/root/run/docker/plugins is the same.
 func (h *Host) SocketDir(ctx context.Context) (string, error) {
 	id, err := h.PluginID(ctx)
 	return filepath.Join(h.Dir, "run/plugins", id), err
@@ -126,11 +127,14 @@ func (h *Host) WaitPlugin(ctx context.Context, old int) (time.Duration, error) {
 		return 0, err
 	}
 	started := time.Now()
-	socket := filepath.Join(h.Dir, "run/plugins", id, "weft.sock")
 	err = waitFor(ctx, 10*time.Millisecond, "plugin on host "+h.Name+" to serve", func() (bool, error) {
-		if pid, err := h.PluginPID(ctx, id); err != nil || pid == old {
+		pid, err := h.PluginPID(ctx, id)
+		if err != nil || pid == old {
 			return false, nil
 		}
+		// By the plugin's own root: the host's path of the socket is longer than
+		// the 107 bytes of a Unix address.
+		socket := fmt.Sprintf("/proc/%d/root/run/docker/plugins/weft.sock", pid)
 		resp, err := unixClient(socket).Do(request(ctx, http.MethodPost, "/NetworkDriver.GetCapabilities"))
 		if err != nil {
 			return false, nil

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -140,11 +141,25 @@ func (h *Host) stopLocked(ctx context.Context) error {
 	return h.endLocked(ctx, syscall.SIGTERM)
 }
 
-// KillDockerd kills dockerd with SIGKILL; its containerd dies with it.
+// KillDockerd kills dockerd with SIGKILL; its containerd dies with it. A dockerd
+// that finds the old containerd still dying would wait for it and give up.
 func (h *Host) KillDockerd(ctx context.Context) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.endLocked(ctx, syscall.SIGKILL)
+	raw, err := os.ReadFile(filepath.Join(h.Dir, "run/containerd/containerd.pid"))
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(raw)))
+	if err != nil {
+		return err
+	}
+	if err := h.endLocked(ctx, syscall.SIGKILL); err != nil {
+		return err
+	}
+	return waitFor(ctx, 5*time.Millisecond, "containerd to end", func() (bool, error) {
+		return !exists(fmt.Sprintf("/proc/%d", pid)), nil
+	})
 }
 
 func (h *Host) endLocked(ctx context.Context, sig syscall.Signal) error {

@@ -16,7 +16,8 @@ type Inventory map[string][]string
 
 // TakeInventory reads the host: links, routes, FDB entries and neighbours of our
 // links, iptables rules and chains and sets of ours, mounts, network namespaces,
-// and the plugin's open files.
+// and the plugin's open files. Docker itself keeps docker_gwbridge for ever, and
+// the network namespace of a removed container for a minute.
 func (h *Host) TakeInventory(ctx context.Context) (Inventory, error) {
 	inv := Inventory{}
 	for _, q := range []struct {

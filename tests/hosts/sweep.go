@@ -100,10 +100,18 @@ func removeLab(ctx context.Context, name string) error {
 			errs = append(errs, err)
 		}
 	}
+	dir := filepath.Join(root, name)
+	plugins, err := filepath.Glob(filepath.Join(dir, "*", "data/plugins", strings.Repeat("[0-9a-f]", 64)))
+	if err != nil {
+		return err
+	}
 	for _, r := range cgroupRoots() {
 		errs = append(errs, removeCgroup(ctx, filepath.Join(r, name)))
+		// Beside version 1, runc puts plugins at the root of the version 2 tree.
+		for _, p := range plugins {
+			errs = append(errs, removeCgroup(ctx, filepath.Join(r, filepath.Base(p))))
+		}
 	}
-	dir := filepath.Join(root, name)
 	if mounts, err := mountsUnder("self", dir); err != nil || len(mounts) > 0 {
 		return errors.Join(append(errs, err, fmt.Errorf("lab %s: still mounted, left alone: %v", name, mounts))...)
 	}

@@ -1,0 +1,74 @@
+package ipam
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	api "github.com/docker/go-plugins-helpers/ipam"
+
+	"github.com/weftnet/weft/store"
+)
+
+// DropUnused removes the pools of the local space that hold no address and belong
+// to no Weft network: what a RequestPool leaves that a crash cut off. Docker takes
+// it for failed and never releases it. Should a network have such a pool after
+// all, its first address makes it again.
+func (i *IPAM) DropUnused(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	var dropped []string
+	err := i.db.Update(ctx, func(tx *store.Tx) error {
+		dropped = nil
+		pools, err := tx.Pools()
+		if err != nil {
+			return err
+		}
+		networks, err := tx.Networks()
+		if err != nil {
+			return err
+		}
+		for _, p := range pools {
+			leases, err := tx.Leases(p.ID)
+			if err != nil {
+				return err
+			}
+			held := slices.ContainsFunc(leases, func(l store.Lease) bool { return l.Freed.IsZero() })
+			named := slices.ContainsFunc(networks, func(n store.Network) bool { return slices.Contains(n.Prefixes(), p.Prefix) })
+			if p.Space != LocalSpace || held || named {
+				continue
+			}
+			if err := tx.DeletePool(p.ID); err != nil {
+				return err
+			}
+			dropped = append(dropped, p.ID)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, id := range dropped {
+		delete(i.books, id)
+	}
+	return nil
+}
+
+// ReleaseCutOff ends a ReleasePool that a crash cut off. Whether the call had
+// counted is not known then, so of a pool with several references none is taken.
+func (i *IPAM) ReleaseCutOff(ctx context.Context, r api.ReleasePoolRequest) error {
+	shared := false
+	err := i.db.View(func(tx *store.Tx) error {
+		p, err := tx.Pool(r.PoolID)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		shared = p.Refs > 1
+		return err
+	})
+	if err != nil || shared {
+		return err
+	}
+	_, err = i.ReleasePool(ctx, r)
+	return err
+}

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/store"
+)
+
+func TestProblemsAreSaidInWords(t *testing.T) {
+	at := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	well := func() view {
+		return view{xtablesShared: true, status: statusReply{Encrypted: true, IPTables: "nft", Underlay: underlayReply{Address: netip.MustParseAddr("192.0.2.1")}}}
+	}
+	peer := func(change func(*peerReply)) []peerReply {
+		p := peerReply{Alive: true, Peer: store.Peer{Host: store.Host{Name: "beta", Address: netip.MustParseAddr("192.0.2.2")}}}
+		change(&p)
+		return []peerReply{p}
+	}
+	if got := problems(well()); len(got) != 0 {
+		t.Errorf("nothing is wrong, but: %v", got)
+	}
+	for _, c := range []struct {
+		name   string
+		change func(*view)
+		want   string
+		advice bool
+	}{
+		{"rebuilt", func(v *view) { v.status.Rebuilt = "the database was damaged" }, "the database was damaged", false},
+		{"no underlay", func(v *view) { v.status.Underlay, v.noUnderlay = underlayReply{}, "there is no default route" }, "there is no default route", false},
+		{"wrong address", func(v *view) {
+			v.status.Underlay, v.noUnderlay, v.addressSet = underlayReply{}, "this host has no address 192.0.2.9", true
+		}, "set WEFT_ADDRESS to an address of this host", false},
+		{"failing pass", func(v *view) {
+			v.passes = []dataplane.NetworkStatus{{VNI: 4096, Err: "no space left on device", Since: at}}
+		}, "network 4096 does not match the records since 2026-11-24 12:00:00 UTC: no space left on device", false},
+		{"failing host", func(v *view) { v.passes = []dataplane.NetworkStatus{{Err: "a\nb\nc\nd", Since: at}} }, "the host's rules do not match the records since 2026-11-24 12:00:00 UTC: a; b; c; and 1 more", false},
+		{"held", func(v *view) { v.passes = []dataplane.NetworkStatus{{VNI: 4096, Held: "12 of 14 peers are silent"}} }, "network 4096: deletions wait: 12 of 14", false},
+		{"other subnets", func(v *view) {
+			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Disagree: []string{"beta (vxlan [10.9.0.0/16])"}}}
+		}, "others on host beta (vxlan [10.9.0.0/16]): they are not connected", false},
+		{"gossip down", func(v *view) { v.clusterErr = errors.New("port 4796 is taken") }, "other hosts are not heard: port 4796 is taken", false},
+		{"twin", func(v *view) { v.twin = "192.0.2.7" }, "host 192.0.2.7 has the same identity", false},
+		{"nobody heard", func(v *view) { v.status.Join = []string{"a:1"} }, "no other host was ever heard (WEFT_JOIN=a:1)", false},
+		{"silent peer", func(v *view) { v.peers = peer(func(p *peerReply) { p.Alive, p.Hidden, p.DeadSince = false, true, at }) },
+			"silent hosts: beta (192.0.2.2) since 2026-11-24 12:00:00 UTC, its endpoints are hidden", false},
+		{"unread peer", func(v *view) { v.peers = peer(func(p *peerReply) { p.LastErr = "no route to host" }) }, "records of host beta (192.0.2.2) cannot be fetched: no route to host", false},
+		{"no key", func(v *view) {
+			v.status.Join, v.status.Encrypted, v.peers = []string{"a:1"}, false, peer(func(*peerReply) {})
+		}, "no key is set", true},
+		{"lock", func(v *view) { v.status.IPTables, v.xtablesShared = "legacy", false }, "xtables.source=/run/xtables.lock", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			v := well()
+			c.change(&v)
+			got := problems(v)
+			if len(got) != 1 || !strings.Contains(got[0].Text+" → "+got[0].Remedy, c.want) || got[0].Advice != c.advice {
+				t.Errorf("got %+v, want one with %q", got, c.want)
+			}
+		})
+	}
+}

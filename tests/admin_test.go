@@ -1,0 +1,216 @@
+package tests
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft/tests/hosts"
+)
+
+// ask sends one request to a socket of the plugin and returns the answer's body.
+func ask(ctx context.Context, h *hosts.Host, socket, method, path string, body any) ([]byte, error) {
+	pid, err := h.PluginPID(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			// The host's own path is too long for a socket's address.
+			return (&net.Dialer{}).DialContext(ctx, "unix", fmt.Sprintf("/proc/%d/root/run/docker/plugins/%s", pid, socket))
+		}}}
+	var text io.Reader
+	if body != nil {
+		raw, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		text = bytes.NewReader(raw)
+	}
+	r, err := http.NewRequestWithContext(ctx, method, "http://weft"+path, text)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(r)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	raw, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s %s: status %d: %s", method, path, resp.StatusCode, raw)
+	}
+	return raw, err
+}
+
+// served waits until a plugin process other than old serves calls from its
+// records, and returns how long that took.
+func served(t *testing.T, h *hosts.Host, old int) time.Duration {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	start := time.Now()
+	if _, err := h.WaitPlugin(ctx, old); err != nil {
+		t.Fatalf("host %s: %v", h.Name, err)
+	}
+	// Waits for the database inside the plugin.
+	if _, err := ask(ctx, h, "weft-admin.sock", http.MethodGet, "/v1/networks", nil); err != nil {
+		t.Fatalf("host %s: %v", h.Name, err)
+	}
+	return time.Since(start)
+}
+
+// metric reads one number without labels from the plugin's metrics.
+func metric(t *testing.T, h *hosts.Host, name string) float64 {
+	t.Helper()
+	raw, err := ask(t.Context(), h, "weft-admin.sock", http.MethodGet, "/metrics", nil)
+	if err != nil {
+		t.Fatalf("host %s: %v", h.Name, err)
+	}
+	lines := bufio.NewScanner(bytes.NewReader(raw))
+	for lines.Scan() {
+		if value, ok := strings.CutPrefix(lines.Text(), name+" "); ok {
+			f, err := strconv.ParseFloat(value, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return f
+		}
+	}
+	t.Fatalf("host %s: no metric %s", h.Name, name)
+	return 0
+}
+
+// settled is clean for a test build after crashes: what the audits inside the
+// plugin are to find gets found, by setting their clock ahead of their grace
+// times. It reports whether that was needed.
+func settled(t *testing.T, h *hosts.Host) bool {
+	t.Helper()
+	out, err := h.Exec(t.Context(), "weft", "audit", "--settle", "3s")
+	if err == nil {
+		return false
+	}
+	t.Logf("host %s: for the slow audits: %s", h.Name, out)
+	leap(t, h)
+	if out, err := h.Exec(t.Context(), "weft", "audit", "--settle", "20s"); err != nil {
+		t.Errorf("host %s: %v\n%s", h.Name, err, out)
+	}
+	return true
+}
+
+// leap sets the audits' clock ahead by half an hour more, once they have looked.
+func leap(t *testing.T, h *hosts.Host) {
+	t.Helper()
+	state, err := h.StateDir(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(state, "ahead")
+	ahead := time.Duration(0)
+	if raw, err := os.ReadFile(file); err == nil {
+		if ahead, err = time.ParseDuration(string(raw)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// They look each second; what is leaked must have been seen once.
+	pause(t, 2500*time.Millisecond)
+	if err := os.WriteFile(file, []byte((ahead + 30*time.Minute).String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pause lets time pass where there is no state to wait for: between random kills,
+// or for a clock.
+func pause(t *testing.T, d time.Duration) {
+	t.Helper()
+	select {
+	case <-t.Context().Done():
+	case <-time.After(d):
+	}
+}
+
+// inventory reads what the host holds; two of them show a leak.
+func inventory(t *testing.T, h *hosts.Host) hosts.Inventory {
+	t.Helper()
+	inv, err := h.TakeInventory(t.Context())
+	if err != nil {
+		t.Fatalf("host %s: %v", h.Name, err)
+	}
+	return inv
+}
+
+// unleaked waits until the host holds what it held before, apart from the kinds
+// named.
+func unleaked(t *testing.T, h *hosts.Host, before hosts.Inventory, except ...string) {
+	t.Helper()
+	eventually(t, 20*time.Second, "host "+h.Name+" holds what it held before", func(ctx context.Context) error {
+		after, err := h.TakeInventory(ctx)
+		if err != nil {
+			return err
+		}
+		for _, kind := range except {
+			after[kind] = before[kind]
+		}
+		if diff := before.Diff(after); diff != "" {
+			return fmt.Errorf("it differs:\n%s", diff)
+		}
+		return nil
+	})
+}
+
+// probePair starts a container on each of the first two hosts and a probe between
+// them.
+func probePair(t *testing.T, lab *hosts.Lab, network string) (*hosts.Probe, hosts.Container, hosts.Container) {
+	t.Helper()
+	from, to := run(t, lab.Hosts[0], "from", "--network", network), run(t, lab.Hosts[1], "to", "--network", network)
+	address := addressOf(t, to, network)
+	reach(t, from, address.String())
+	reach(t, to, addressOf(t, from, network).String())
+	p, err := hosts.StartProbe(t.Context(), from, to, address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, from, to
+}
+
+func addressOf(t *testing.T, c hosts.Container, network string) netip.Addr {
+	t.Helper()
+	a, err := c.Address(t.Context(), network)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// lossless stops the probe and fails the test unless everything arrived.
+func lossless(t *testing.T, p *hosts.Probe) hosts.Report {
+	t.Helper()
+	r, err := p.Stop()
+	t.Logf("probe: %s", r)
+	if err != nil {
+		t.Errorf("the probe lost something: %v", err)
+	}
+	return r
+}
+
+// percentile returns the p-th of a hundred parts of the durations.
+func percentile(all []time.Duration, p int) time.Duration {
+	if len(all) == 0 {
+		return 0
+	}
+	s := slices.Sorted(slices.Values(all))
+	return s[min(len(s)-1, len(s)*p/100)].Round(time.Millisecond)
+}

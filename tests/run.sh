@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# run.sh demo|test|soak|bench: installs what is missing, by package name, and
+# runs one of make's targets as root. It leaves nothing behind but the packages,
+# Go's caches and the built newest engine in the user's cache.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:?demo, test, soak or bench}
+
+if [ "$(id -u)" != 0 ]; then
+	echo "run.sh: network namespaces and dockerd need root; asking sudo" >&2
+	exec sudo env PATH="$PATH" HOME="$HOME" CI="${CI:-}" "$0" "$@"
+fi
+# A plain root shell has no /usr/sbin on some machines, and Go's usual place.
+export PATH=$PATH:/usr/local/go/bin:/usr/sbin:/sbin
+command -v go >/dev/null || { echo "run.sh: Go is not installed; see https://go.dev/doc/install" >&2; exit 1; }
+
+# need PROGRAM PACKAGE ...: the packages whose program is missing.
+missing=()
+need() { [ -e "$1" ] || command -v "$1" >/dev/null || missing+=("$2"); }
+need dockerd docker.io
+need docker docker.io
+need /bin/busybox busybox-static
+need iptables iptables
+need ip iproute2
+need nsenter util-linux
+need pgrep procps
+need tcpdump tcpdump
+need ipset ipset
+if [ "$what" = test ] || [ "$what" = soak ]; then
+	need gcc gcc
+	need /usr/include/stdlib.h libc6-dev
+fi
+# busybox without -static would not run in an empty container.
+dpkg -s busybox-static >/dev/null 2>&1 || missing+=(busybox-static)
+if [ ${#missing[@]} -gt 0 ]; then
+	echo "installing ${missing[*]}"
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+export CGO_ENABLED=0
+case $what in
+demo)
+	exec go run ./tests/demo
+	;;
+test | soak)
+	tests/engine.sh
+	export WEFT_TEST_MUST=root,docker,engine
+	limit=20m
+	if [ "$what" = soak ]; then
+		export WEFT_SOAK=1
+		limit=24h
+	fi
+	[ -z "$(gofmt -l .)" ] || { echo "run.sh: not formatted by gofmt:"; gofmt -l .; exit 1; }
+	go vet ./...
+	# The scenarios start dockerds and would disturb each other's times; the rest
+	# runs first, two packages at a time.
+	go test -timeout "$limit" $(go list ./... | grep -v '/tests$')
+	exec go test -timeout "$limit" -v ./tests
+	;;
+bench)
+	exec go run ./tests/bench
+	;;
+*)
+	echo "run.sh: $what is not one of demo, test, soak, bench" >&2
+	exit 2
+	;;
+esac
