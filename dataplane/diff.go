@@ -75,7 +75,7 @@ func lost(w Object, want, have Plan) bool {
 	default:
 		return false
 	}
-	key := Key{KindVeth, name}
+	key := Key{Kind: KindVeth, Name: name}
 	v, ok := want[key].(Veth)
 	_, there := have[key]
 	return ok && v.Joined && !there

@@ -261,7 +261,7 @@ func (l *Loop) Sync(ctx context.Context, v store.VNI, e store.EndpointID) error 
 }
 
 // Explain reads the kernel anew and returns what it should hold for a network,
-// what it holds, and the difference. It changes nothing.
+// what it holds, and the difference. A difference is then repaired soon.
 func (l *Loop) Explain(ctx context.Context, v store.VNI) (want, have Plan, ops []Op, err error) {
 	r, err := l.ask(ctx, request{vni: v, explain: true})
 	if err != nil {
@@ -286,22 +286,31 @@ func (l *Loop) ask(ctx context.Context, r request) (reply, error) {
 	}
 }
 
-// serve answers a request and all that wait behind it: one pass serves all calls
-// for the same network.
+// serve answers a request and all that wait behind it.
 func (l *Loop) serve(ctx context.Context, r request) {
 	batch := []request{r}
 	for len(l.requests) > 0 {
 		batch = append(batch, <-l.requests)
 	}
+	// One full pass serves all calls for the same network.
 	done := map[store.VNI][]*OpError{}
 	failed := map[store.VNI]error{}
 	for _, r := range batch {
 		if r.explain {
 			want, have, err := l.compare(ctx, r.vni, true)
-			r.reply <- reply{err: err, want: want, have: have, ops: Diff(want, have)}
+			ops := Diff(want, have)
+			if err != nil || len(ops) > 0 {
+				l.look(r.vni) // nobody had told us
+			}
+			r.reply <- reply{err: err, want: want, have: have, ops: ops}
 			continue
 		}
-		if _, ok := done[r.vni]; !ok {
+		_, passed := failed[r.vni]
+		if !passed && l.passEndpoint(ctx, r.vni, r.endpoint) {
+			r.reply <- reply{}
+			continue
+		}
+		if !passed {
 			done[r.vni], failed[r.vni] = l.pass(ctx, r.vni)
 		}
 		err := failed[r.vni]
@@ -321,7 +330,7 @@ func (l *Loop) lost(v store.VNI, e store.EndpointID) bool {
 	if have == nil {
 		return false
 	}
-	_, there := have[Key{KindVeth, VethName(e)}]
+	_, there := have[Key{Kind: KindVeth, Name: VethName(e)}]
 	return !there
 }
 

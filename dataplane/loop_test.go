@@ -23,7 +23,7 @@ var underlay = dataplane.Underlay{Address: kerneltest.Underlay4, Link: kerneltes
 // host is a database and a kernel in memory, with a loop that can be replaced as
 // a new process would.
 type host struct {
-	t      *testing.T
+	t      testing.TB
 	db     *store.DB
 	kernel *kerneltest.Memory
 	loop   *dataplane.Loop
@@ -31,7 +31,7 @@ type host struct {
 	inSync func() bool
 }
 
-func newHost(t *testing.T) *host {
+func newHost(t testing.TB) *host {
 	t.Helper()
 	db, err := store.Open(filepath.Join(t.TempDir(), "weft.db"), store.Host{ID: "self", Name: "alpha", DataPort: kerneltest.Port})
 	if err != nil {
@@ -121,7 +121,7 @@ func network(v store.VNI) store.Network {
 
 func endpoint(v store.VNI, i int) store.Endpoint {
 	return store.Endpoint{ID: store.EndpointID(fmt.Sprintf("endpoint%d-%d", v, i)), Network: network(v).ID, VNI: v,
-		MAC: store.DeriveMAC(fmt.Sprint(v, i)), IPv4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(v), 0, byte(i)}), 16)}
+		MAC: store.DeriveMAC(fmt.Sprint(v, i)), IPv4: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(v), byte(i >> 8), byte(i)}), 16)}
 }
 
 // peers writes n peers that run a network, each with one endpoint.

@@ -7,6 +7,7 @@
 package dataplane
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
@@ -39,10 +40,26 @@ var kindNames = [...]string{"set", "chain", "jump", "bridge", "vxlan", "veth", "
 
 func (k Kind) String() string { return kindNames[k] }
 
-// Key identifies an object in the kernel of one host.
+// Key identifies an object in the kernel of one host. It holds no text that would
+// have to be built for each of many thousand entries.
 type Key struct {
-	Kind Kind
-	Name string // unique within the kind
+	Kind   Kind
+	Name   string // of the link, set, chain or jump
+	MAC    store.MAC
+	IP     netip.Addr
+	Master bool
+}
+
+// String is for messages.
+func (k Key) String() string {
+	s := k.Kind.String() + " " + k.Name
+	if !k.MAC.IsZero() {
+		s += " " + k.MAC.String()
+	}
+	if k.IP.IsValid() {
+		s += " " + k.IP.String()
+	}
+	return s
 }
 
 // Object is one kernel object. Exactly the fields of its kind are set, and two
@@ -165,38 +182,35 @@ func (Chain) object()  {}
 func (Jump) object()   {}
 
 // Key implements Object.
-func (o Bridge) Key() Key { return Key{KindBridge, o.Name} }
+func (o Bridge) Key() Key { return Key{Kind: KindBridge, Name: o.Name} }
 
 // Key implements Object.
-func (o VXLAN) Key() Key { return Key{KindVXLAN, o.Name} }
+func (o VXLAN) Key() Key { return Key{Kind: KindVXLAN, Name: o.Name} }
 
 // Key implements Object.
-func (o Veth) Key() Key { return Key{KindVeth, o.Name} }
+func (o Veth) Key() Key { return Key{Kind: KindVeth, Name: o.Name} }
 
 // Key implements Object.
-func (o Neigh) Key() Key { return Key{KindNeigh, o.Link + " " + o.IP.String()} }
+func (o Neigh) Key() Key { return Key{Kind: KindNeigh, Name: o.Link, IP: o.IP} }
 
 // Key implements Object. Head-end entries are many per link, the others one per
 // MAC.
 func (o FDB) Key() Key {
 	if o.MAC.IsZero() {
-		return Key{KindFDB, o.Link + " * " + o.Dst.String()}
+		return Key{Kind: KindFDB, Name: o.Link, IP: o.Dst}
 	}
-	if o.Master {
-		return Key{KindFDB, o.Link + " " + o.MAC.String() + " master"}
-	}
-	return Key{KindFDB, o.Link + " " + o.MAC.String()}
+	return Key{Kind: KindFDB, Name: o.Link, MAC: o.MAC, Master: o.Master}
 }
 
 // Key implements Object.
-func (o Set) Key() Key { return Key{KindSet, o.Name} }
+func (o Set) Key() Key { return Key{Kind: KindSet, Name: o.Name} }
 
 // Key implements Object.
-func (o Chain) Key() Key { return Key{KindChain, family(o.V6) + " " + o.Table + " " + o.Name} }
+func (o Chain) Key() Key { return Key{Kind: KindChain, Name: family(o.V6) + " " + o.Table + " " + o.Name} }
 
 // Key implements Object.
 func (o Jump) Key() Key {
-	return Key{KindJump, family(o.V6) + " " + o.Table + " " + o.From + " " + o.To}
+	return Key{Kind: KindJump, Name: family(o.V6) + " " + o.Table + " " + o.From + " " + o.To}
 }
 
 func family(v6 bool) string {
@@ -296,7 +310,9 @@ func (p Plan) Sorted() []Object {
 	return slices.SortedFunc(maps.Values(p), func(a, b Object) int { return compareKeys(a.Key(), b.Key()) })
 }
 
-func compareKeys(a, b Key) int { return cmp.Or(int(a.Kind)-int(b.Kind), cmp.Compare(a.Name, b.Name)) }
+func compareKeys(a, b Key) int {
+	return cmp.Or(int(a.Kind)-int(b.Kind), cmp.Compare(a.Name, b.Name), bytes.Compare(a.MAC[:], b.MAC[:]), a.IP.Compare(b.IP), bit(a.Master)-bit(b.Master))
+}
 
 // String prints the plan, one object a line.
 func (p Plan) String() string {

@@ -50,6 +50,8 @@ type DB struct {
 	mu       sync.Mutex // guards what follows
 	watchers []*Watch
 	remote   remoteCache
+
+	memo memo
 }
 
 // Open opens or makes the database file at path for the host self. A file that
@@ -168,7 +170,7 @@ func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {
 	}
 	touched := map[VNI]bool{}
 	err := db.bolt.Update(func(b *bbolt.Tx) error {
-		tx := &Tx{tx: b, touched: touched, remoteTouched: map[VNI]bool{}}
+		tx := &Tx{tx: b, memo: &db.memo, touched: touched, remoteTouched: map[VNI]bool{}}
 		if err := fn(tx); err != nil {
 			return err
 		}
@@ -185,7 +187,7 @@ func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {
 
 // View runs fn in a read-only transaction.
 func (db *DB) View(fn func(*Tx) error) error {
-	return db.bolt.View(func(b *bbolt.Tx) error { return fn(&Tx{tx: b}) })
+	return db.bolt.View(func(b *bbolt.Tx) error { return fn(&Tx{tx: b, memo: &db.memo}) })
 }
 
 // Watch tells which networks may look different now. Many changes become one.
@@ -243,9 +245,11 @@ func (db *DB) notify(touched map[VNI]bool) {
 	}
 }
 
-// Tx is a transaction. Values returned are copies.
+// Tx is a transaction. Values returned may share maps and slices with each other:
+// do not change those.
 type Tx struct {
 	tx            *bbolt.Tx
+	memo          *memo
 	touched       map[VNI]bool // nil in a read-only transaction
 	remoteTouched map[VNI]bool
 }
@@ -258,12 +262,13 @@ func (tx *Tx) touchRemote(v VNI) {
 }
 
 func get[T any](tx *Tx, bucket []byte, key []byte, what string) (T, error) {
-	var v T
 	raw := tx.tx.Bucket(bucket).Get(key)
 	if raw == nil {
-		return v, fmt.Errorf("%s: %w", what, ErrNotFound)
+		var none T
+		return none, fmt.Errorf("%s: %w", what, ErrNotFound)
 	}
-	if err := json.Unmarshal(raw, &v); err != nil {
+	v, err := decode[T](tx, bucket, key, raw)
+	if err != nil {
 		return v, fmt.Errorf("%s: %w", what, err)
 	}
 	return v, nil
@@ -280,9 +285,9 @@ func put(tx *Tx, bucket []byte, key []byte, v any) error {
 // list decodes the records whose key starts with prefix, in key order.
 func list[T any](tx *Tx, bucket []byte, prefix []byte) ([]T, error) {
 	var out []T
-	err := scan(tx, bucket, prefix, func(_ []byte, raw []byte) error {
-		var v T
-		if err := json.Unmarshal(raw, &v); err != nil {
+	err := scan(tx, bucket, prefix, func(key []byte, raw []byte) error {
+		v, err := decode[T](tx, bucket, key, raw)
+		if err != nil {
 			return fmt.Errorf("record in %s: %w", bucket, err)
 		}
 		out = append(out, v)

@@ -63,6 +63,26 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 	return s, err
 }
 
+// EndpointSnapshot returns the copy for one endpoint of this host: its network, and
+// neither other endpoints nor peers. An unknown one gives an empty list.
+func (db *DB) EndpointSnapshot(v VNI, id EndpointID) (Snapshot, error) {
+	s := Snapshot{VNI: v, Self: db.Self()}
+	err := db.View(func(tx *Tx) error {
+		n, err := tx.NetworkByVNI(v)
+		if err != nil {
+			return err
+		}
+		s.Network = &n
+		e, err := tx.Endpoint(n.ID, id)
+		s.Endpoints = []Endpoint{e}
+		return err
+	})
+	if errors.Is(err, ErrNotFound) {
+		s.Endpoints, err = nil, nil
+	}
+	return s, err
+}
+
 // HostSnapshot returns the copy for the host.
 func (db *DB) HostSnapshot() (HostSnapshot, error) {
 	s := HostSnapshot{Self: db.Self()}

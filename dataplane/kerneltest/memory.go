@@ -303,7 +303,7 @@ func (m *Memory) remove(k dataplane.Key) error {
 				delete(m.objects, key)
 			}
 		case dataplane.Neigh:
-			if other.Link == k.Name {
+			if isLink(k.Kind) && other.Link == k.Name {
 				delete(m.objects, key)
 			}
 		case dataplane.Jump:
