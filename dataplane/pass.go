@@ -48,12 +48,18 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	changed, fresh := n.changed, n.have == nil
 	n.due, n.changed = time.Time{}, false
 	want, have, err := l.compare(ctx, v, fresh)
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
+		return nil, err // the process ends: nothing is wrong with the kernel
+	}
 	if err != nil {
 		l.done(v, 0, nil, "", err)
 		return nil, err
 	}
 	ops, held := l.withhold(v, Diff(want, have))
 	errs := l.kernel.Apply(ctx, ops)
+	if len(errs) > 0 && errors.Is(ctx.Err(), context.Canceled) {
+		return errs, ctx.Err()
+	}
 	if len(errs) > 0 && !fresh {
 		n.have = nil // it was not as remembered: look, and try once more
 		n.changed = changed

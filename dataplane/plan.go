@@ -206,7 +206,9 @@ func (o FDB) Key() Key {
 func (o Set) Key() Key { return Key{Kind: KindSet, Name: o.Name} }
 
 // Key implements Object.
-func (o Chain) Key() Key { return Key{Kind: KindChain, Name: family(o.V6) + " " + o.Table + " " + o.Name} }
+func (o Chain) Key() Key {
+	return Key{Kind: KindChain, Name: family(o.V6) + " " + o.Table + " " + o.Name}
+}
 
 // Key implements Object.
 func (o Jump) Key() Key {

@@ -177,7 +177,10 @@ func planGuard(p Plan, v6 bool, port uint16, u Underlay) {
 		raw = append(raw, t+" -j CT --notrack", t+" -j RETURN")
 		in = append(in, t+" -j ACCEPT")
 	}
-	raw = append(raw, vxlan+" -j DROP")
+	// Only what is for this host: containers may use the port among themselves,
+	// and with br_netfilter raw sees their frames too. Those need no connection
+	// tracking either: nothing inside a network is translated.
+	raw = append(raw, vxlan+" -m addrtype ! --dst-type UNICAST -j DROP", "-i "+bridgePrefix+"+ -j CT --notrack")
 	in = append(in, vxlan+" -j DROP", "-i "+bridgePrefix+"+ -j DROP")
 	p.Add(NewChain("raw", v6, chainPrerout, raw...))
 	p.Add(NewChain("raw", v6, chainOutput, vxlan+" -j CT --notrack"))

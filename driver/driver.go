@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"reflect"
+	"slices"
 	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
@@ -160,25 +161,57 @@ func checkClashes(tx *store.Tx, n store.Network, routes []Route) error {
 	return nil
 }
 
-// chooseVNI checks the VNI asked for, or takes the lowest free one from FirstVNI.
-// One that a peer runs with other subnets is another network, and not free.
+// chooseVNI checks the VNI asked for, or takes the one under which a peer runs a
+// network with the same subnets, or the lowest free one from FirstVNI. One that a
+// peer runs with other subnets is another network, and not free.
 func chooseVNI(tx *store.Tx, n *store.Network, foreign []VXLAN, port uint16) error {
 	if n.VNI != 0 {
 		return checkVNI(tx, *n, foreign, port)
 	}
-	for v := store.FirstVNI; v <= store.MaxVNI; v++ {
+	alike, err := sameElsewhere(tx, *n)
+	if err != nil {
+		return err
+	}
+	for i := 0; ; i++ {
 		try := *n
-		try.VNI = v
+		if i < len(alike) {
+			try.VNI = alike[i]
+		} else if try.VNI = store.FirstVNI + store.VNI(i-len(alike)); try.VNI > store.MaxVNI {
+			return errors.New("all VNIs are taken on this host")
+		}
 		err := checkVNI(tx, try, foreign, port)
 		if err == nil {
-			n.VNI = v
+			n.VNI = try.VNI
 			return nil
 		}
 		if !errors.As(err, new(clashError)) {
 			return err
 		}
 	}
-	return errors.New("all VNIs are taken on this host")
+}
+
+// sameElsewhere returns the VNIs, lowest first, under which peers run a network
+// with n's subnets: the lowest free VNI of two hosts may differ.
+func sameElsewhere(tx *store.Tx, n store.Network) ([]store.VNI, error) {
+	peers, err := tx.Peers()
+	if err != nil {
+		return nil, err
+	}
+	var out []store.VNI
+	for _, p := range peers {
+		nets, err := tx.PeerNetworks(p.ID)
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range nets {
+			try := n
+			if try.VNI = o.VNI; o.Agrees(try.Shared()) {
+				out = append(out, o.VNI)
+			}
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out), nil
 }
 
 // clashError says who has a VNI.

@@ -340,6 +340,22 @@ func TestVNIIsChosenFreeInTheCluster(t *testing.T) {
 	}
 }
 
+func TestVNIIsThatOfThePeersNetworkWithTheSameSubnets(t *testing.T) {
+	d, _ := newDriver(t)
+	addRemote(t, d, "beta", 4100, "10.50.0.0/24", "10.50.0.7", store.MAC{2, 0, 0, 0, 0, 1})
+	mustNet(t, d, createNet(netA, "10.50.0.0/24", ""))
+	err := d.DB.View(func(tx *store.Tx) error {
+		n, err := tx.Network(netA)
+		if err == nil && n.VNI != 4100 {
+			t.Errorf("vni %d, want beta's 4100", n.VNI)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 func TestGivenMACIsNotAnswered(t *testing.T) {
 	d, _ := newDriver(t)
 	mustNet(t, d, createNet(netA, "10.50.0.0/24", ""))

@@ -39,7 +39,7 @@ func options() []Option {
 				s.mode = v
 				return nil
 			}},
-		{Key: "vni", Aliases: []string{"com.docker.network.driver.overlay.vxlanid_list"}, Default: "the next free one from 4096",
+		{Key: "vni", Aliases: []string{"com.docker.network.driver.overlay.vxlanid_list"}, Default: "that of a peer's network with the same subnets, else the next free one from 4096",
 			Help: "VXLAN network identifier, 1 to 16777215; the same VNI on two hosts is the same network",
 			set: func(s *settings, v string) error {
 				if strings.Contains(v, ",") {

@@ -37,10 +37,14 @@ const (
 )
 
 // errorReply is how Docker reads a failure. With status 200 the user sees the
-// text alone ("remote: …").
+// text alone ("remote: …"). Of the IpamDriver's answers Docker reads another field
+// (moby daemon/libnetwork/ipams/remote/api), so both hold the text.
 type errorReply struct {
-	Err string
+	Err   string
+	Error string
 }
+
+func failure(text string) errorReply { return errorReply{text, text} }
 
 // server answers Docker's calls. It owns no state; the gate holds what serves.
 type server struct {
@@ -76,7 +80,7 @@ func (s *server) handler(calls []call) http.Handler {
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		text := fmt.Sprintf("this version of weft does not know %.100q", strings.TrimPrefix(r.URL.Path, "/"))
 		s.log.Info("call of an unknown method", "path", r.URL.Path[:min(len(r.URL.Path), 100)])
-		writeJSON(w, http.StatusNotFound, errorReply{Err: text})
+		writeJSON(w, http.StatusNotFound, failure(text))
 	})
 	return mux
 }
@@ -103,7 +107,7 @@ func (s *server) handle(c call, w http.ResponseWriter, r *http.Request) {
 	if errors.As(err, &bad) {
 		status = bad.status
 	}
-	writeJSON(w, status, errorReply{Err: err.Error()})
+	writeJSON(w, status, failure(err.Error()))
 }
 
 // run calls in a goroutine of its own, so that the answer comes in time even when
@@ -230,7 +234,7 @@ func requestID(body []byte) string {
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	raw, err := json.Marshal(v)
 	if err != nil {
-		status, raw = http.StatusInternalServerError, []byte(`{"Err":"answer cannot be written as JSON"}`)
+		status, raw = http.StatusInternalServerError, []byte(`{"Err":"answer cannot be written as JSON","Error":"answer cannot be written as JSON"}`)
 	}
 	w.Header().Set("Content-Type", contentType)
 	w.WriteHeader(status)

@@ -160,7 +160,7 @@ func TestUnknownFieldsAreAccepted(t *testing.T) {
 func TestFailureIsToldToTheUserAndLoggedOnce(t *testing.T) {
 	s := serveTest(t, time.Second, onEcho(func(context.Context, echo) (any, error) { return nil, errors.New("address is taken") }))
 	status, body := s.call(t, "Test.Echo", strings.NewReader(`{"NetworkID":"0123456789abcdef"}`))
-	if status != 200 || body != `{"Err":"address is taken"}` {
+	if status != 200 || body != `{"Err":"address is taken","Error":"address is taken"}` {
 		t.Errorf("got %d %s", status, body)
 	}
 	log := s.log.String()

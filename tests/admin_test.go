@@ -27,10 +27,15 @@ func ask(ctx context.Context, h *hosts.Host, socket, method, path string, body a
 	if err != nil {
 		return nil, err
 	}
+	// The host's own path is too long for a socket's address.
+	return askAt(ctx, fmt.Sprintf("/proc/%d/root/run/docker/plugins/%s", pid, socket), method, path, body)
+}
+
+// askAt sends one request to any Unix socket. A status of success (2xx) is one.
+func askAt(ctx context.Context, socket, method, path string, body any) ([]byte, error) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			// The host's own path is too long for a socket's address.
-			return (&net.Dialer{}).DialContext(ctx, "unix", fmt.Sprintf("/proc/%d/root/run/docker/plugins/%s", pid, socket))
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		}}}
 	var text io.Reader
 	if body != nil {
@@ -44,13 +49,14 @@ func ask(ctx context.Context, h *hosts.Host, socket, method, path string, body a
 	if err != nil {
 		return nil, err
 	}
+	r.Header.Set("Content-Type", "application/json")
 	resp, err := client.Do(r)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	raw, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
+	if err == nil && resp.StatusCode/100 != 2 {
 		err = fmt.Errorf("%s %s: status %d: %s", method, path, resp.StatusCode, raw)
 	}
 	return raw, err
@@ -58,19 +64,18 @@ func ask(ctx context.Context, h *hosts.Host, socket, method, path string, body a
 
 // served waits until a plugin process other than old serves calls from its
 // records, and returns how long that took.
-func served(t *testing.T, h *hosts.Host, old int) time.Duration {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+func served(ctx context.Context, h *hosts.Host, old int) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	start := time.Now()
 	if _, err := h.WaitPlugin(ctx, old); err != nil {
-		t.Fatalf("host %s: %v", h.Name, err)
+		return 0, fmt.Errorf("host %s: %w", h.Name, err)
 	}
 	// Waits for the database inside the plugin.
 	if _, err := ask(ctx, h, "weft-admin.sock", http.MethodGet, "/v1/networks", nil); err != nil {
-		t.Fatalf("host %s: %v", h.Name, err)
+		return 0, fmt.Errorf("host %s: %w", h.Name, err)
 	}
-	return time.Since(start)
+	return time.Since(start), nil
 }
 
 // metric reads one number without labels from the plugin's metrics.
@@ -96,7 +101,8 @@ func metric(t *testing.T, h *hosts.Host, name string) float64 {
 
 // settled is clean for a test build after crashes: what the audits inside the
 // plugin are to find gets found, by setting their clock ahead of their grace
-// times. It reports whether that was needed.
+// times. It reports whether that was needed, and may run beside the test's own
+// goroutine.
 func settled(t *testing.T, h *hosts.Host) bool {
 	t.Helper()
 	out, err := h.Exec(t.Context(), "weft", "audit", "--settle", "3s")
@@ -104,7 +110,10 @@ func settled(t *testing.T, h *hosts.Host) bool {
 		return false
 	}
 	t.Logf("host %s: for the slow audits: %s", h.Name, out)
-	leap(t, h)
+	if err := leap(t.Context(), h); err != nil {
+		t.Error(err)
+		return true
+	}
 	if out, err := h.Exec(t.Context(), "weft", "audit", "--settle", "20s"); err != nil {
 		t.Errorf("host %s: %v\n%s", h.Name, err, out)
 	}
@@ -112,32 +121,33 @@ func settled(t *testing.T, h *hosts.Host) bool {
 }
 
 // leap sets the audits' clock ahead by half an hour more, once they have looked.
-func leap(t *testing.T, h *hosts.Host) {
-	t.Helper()
-	state, err := h.StateDir(t.Context())
+func leap(ctx context.Context, h *hosts.Host) error {
+	state, err := h.StateDir(ctx)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	file := filepath.Join(state, "ahead")
 	ahead := time.Duration(0)
 	if raw, err := os.ReadFile(file); err == nil {
 		if ahead, err = time.ParseDuration(string(raw)); err != nil {
-			t.Fatal(err)
+			return err
 		}
 	}
 	// They look each second; what is leaked must have been seen once.
-	pause(t, 2500*time.Millisecond)
-	if err := os.WriteFile(file, []byte((ahead + 30*time.Minute).String()), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	wait(ctx, 2500*time.Millisecond)
+	return os.WriteFile(file, []byte((ahead + 30*time.Minute).String()), 0o600)
 }
 
 // pause lets time pass where there is no state to wait for: between random kills,
 // or for a clock.
 func pause(t *testing.T, d time.Duration) {
 	t.Helper()
+	wait(t.Context(), d)
+}
+
+func wait(ctx context.Context, d time.Duration) {
 	select {
-	case <-t.Context().Done():
+	case <-ctx.Done():
 	case <-time.After(d):
 	}
 }

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,8 +31,8 @@ func acrossHosts(t *testing.T, lab *hosts.Lab) {
 	reach(t, web, "fd00:32::b")
 	figure(t, "containers on two hosts reach each other", 1, "IPv4 and IPv6 both ways in %s", time.Since(start).Round(time.Millisecond))
 	serve(t, web, "welcome")
-	fetches(t, inContainer(t, client), "http://10.32.1.10/", "welcome")
-	fetches(t, inContainer(t, client), "http://[fd00:32::a]/", "welcome")
+	fetches(t, netnsOf(t, client), "http://10.32.1.10/", "welcome")
+	fetches(t, netnsOf(t, client), "http://[fd00:32::a]/", "welcome")
 	if n := networkOf(t, a, "app"); n.Endpoints != 1 || n.Remote != 1 || len(n.Peers) != 1 || n.Peers[0] != "b" {
 		t.Errorf("weft networks on a: %+v", n)
 	}
@@ -128,13 +131,12 @@ func delivers(t *testing.T, from, to hosts.Container, source, link, listen, send
 func endpointOptions(t *testing.T, lab *hosts.Lab) {
 	a := lab.Hosts[0]
 	docker(t, a, "network", "create", "-d", hosts.PluginName, "--subnet", "10.42.0.0/24", "second")
-	c := run(t, a, "fixed", "--network", "app", "--ip", "10.32.1.77", "--ip6", "fd00:32::77", "--mac-address", "02:11:22:33:44:55")
+	c := runFixed(t, a)
 	docker(t, a, "network", "connect", "--ip", "10.42.0.77", "second", "fixed")
 	link := interfaceOf(t, c, "10.32.1.77")
 	if link != interfaceOf(t, c, "fd00:32::77") {
 		t.Error("the IPv6 address is on another link than the IPv4 address")
 	}
-	// Docker's older API has no MAC address per network, and newer engines drop it.
 	mac := command(t, c, "cat", "/sys/class/net/"+link+"/address")
 	told := docker(t, a, "inspect", "--format", `{{(index .NetworkSettings.Networks "app").MacAddress}}`, "fixed")
 	if mac != "02:11:22:33:44:55" || told != mac {
@@ -152,6 +154,26 @@ func endpointOptions(t *testing.T, lab *hosts.Lab) {
 	reach(t, other, "10.42.0.77")
 	reach(t, c, "10.32.2.10") // across hosts
 	docker(t, a, "rm", "--force", "other")
+}
+
+// runFixed runs a container with fixed addresses. Newer docker commands do not
+// know how to ask an older engine for a MAC address; its API still does.
+func runFixed(t *testing.T, h *hosts.Host) hosts.Container {
+	t.Helper()
+	body := fmt.Sprintf(`{"Image":%q,"Cmd":["sleep","infinity"],"StopTimeout":1,"MacAddress":"02:11:22:33:44:55","HostConfig":{"NetworkMode":"app"},
+		"NetworkingConfig":{"EndpointsConfig":{"app":{"IPAMConfig":{"IPv4Address":"10.32.1.77","IPv6Address":"fd00:32::77"}}}}}`, hosts.Image)
+	client := unixClient(filepath.Join(h.Dir, "docker.sock"))
+	resp, err := client.Post("http://docker/v1.41/containers/create?name=fixed", "application/json", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, _ := io.ReadAll(resp.Body)
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusCreated {
+		t.Fatalf("create a container by the API: status %d: %s", resp.StatusCode, said)
+	}
+	docker(t, h, "start", "fixed")
+	return hosts.Container{Host: h, Name: "fixed"}
 }
 
 // connectWhileRunning plugs a running container into a network and out again.
@@ -184,9 +206,9 @@ func published(t *testing.T, lab *hosts.Lab) {
 	a, b := lab.Hosts[0], lab.Hosts[1]
 	c := run(t, a, "pub", "--network", "app", "-p", "8080:80")
 	serve(t, c, "published")
-	fetches(t, onHost(t, b), "http://"+a.Address.String()+":8080/", "published")
-	fetches(t, onHost(t, a), "http://"+a.Address.String()+":8080/", "published")
-	fetches(t, onHost(t, a), "http://127.0.0.1:8080/", "published")
+	fetches(t, b.NetNS(), "http://"+a.Address.String()+":8080/", "published")
+	fetches(t, a.NetNS(), "http://"+a.Address.String()+":8080/", "published")
+	fetches(t, a.NetNS(), "http://127.0.0.1:8080/", "published")
 	if out := docker(t, a, "ps", "--filter", "name=pub", "--format", "{{.Ports}}"); !strings.Contains(out, "0.0.0.0:8080->80/tcp") {
 		t.Errorf("docker ps shows %q", out)
 	}
@@ -222,20 +244,20 @@ func isolation(t *testing.T, lab *hosts.Lab) {
 	remote := run(t, b, "remote", "--network", "other", "--ip", "10.44.2.10", "--ip6", "fd00:44::20")
 	reach(t, target, "10.44.2.10")
 	reach(t, remote, "fd00:44::10")
+	tried := 0
 	for _, h := range []*hosts.Host{a, b} {
 		spy := run(t, h, "spy", "--network", "app", "--cap-add", "NET_ADMIN")
-		tried := closed(t, spy, "app", "other", "10.44.1.10", "10.44.2.10", "fd00:44::10", "fd00:44::20")
-		// By Docker's bridge, which both have a link to.
-		gw := command(t, target, "sh", "-c", "ip -o -4 address show | grep -o '172[0-9.]*' | head -1")
-		if h == a && gw != "" {
+		others := []string{"10.44.1.10", "10.44.2.10", "fd00:44::10", "fd00:44::20"}
+		macs := []string{bridgeMAC(t, a, "app"), bridgeMAC(t, b, "app"), bridgeMAC(t, h, "other")}
+		tried += closed(t, spy, "app", lab, macs, others...)
+		if h == a { // by Docker's own bridge, which both have a link to
+			gw := command(t, target, "sh", "-c", "ip -o -4 address show | grep -o '172[0-9.]*' | head -1")
 			silent(t, spy, gw)
 			tried++
 		}
-		if h == b {
-			figure(t, "isolation", tried*2, "ways tried from a container to its host and to another network: 0 open")
-		}
 		docker(t, h, "rm", "--force", "spy")
 	}
+	figure(t, "isolation", tried, "ways tried from a container to the hosts and to another network: 0 open")
 	docker(t, a, "rm", "--force", "target")
 	docker(t, b, "rm", "--force", "remote")
 	for _, h := range lab.Hosts {
@@ -243,36 +265,75 @@ func isolation(t *testing.T, lab *hosts.Lab) {
 	}
 }
 
-// closed tries every address of the host and of another network, with frames sent
-// to the bridge's and to the other bridge's MAC address, and returns how many ways
-// it tried.
-func closed(t *testing.T, spy hosts.Container, network, other string, targets ...string) int {
+// closed tries to reach every host of the lab and more addresses from a container
+// that may change its own routes, by frames to the MAC addresses given. It returns
+// how many ways it tried. What a host takes in silence counts as open too.
+func closed(t *testing.T, spy hosts.Container, network string, lab *hosts.Lab, macs []string, more ...string) int {
 	t.Helper()
-	h := spy.Host
 	link := interfaceOf(t, spy, addressOf(t, spy, network).String())
-	ways := append([]string{h.Address.String(), h.Address6.String(), "fe80::1"}, targets...)
-	bridge := networkOf(t, h, network).Bridge
-	macs := []string{bridgeMAC(t, h, bridge)}
-	if other != "" {
-		macs = append(macs, bridgeMAC(t, h, networkOf(t, h, other).Bridge))
+	ways := more
+	for _, h := range lab.Hosts {
+		ways = append(ways, h.Address.String(), h.Address6.String())
 	}
+	ears := listenOn(t, lab)
 	for _, mac := range macs {
-		for _, to := range ways {
-			family, bits := "-4", "/32"
+		all := append([]string{linkLocal(t, mac)}, ways...)
+		var set, try strings.Builder
+		for _, to := range all {
+			family := "-4"
 			if strings.Contains(to, ":") {
-				family, bits = "-6", "/128"
+				family = "-6"
 			}
-			command(t, spy, "sh", "-c", fmt.Sprintf("ip %s neigh replace %s lladdr %s dev %s nud permanent; ip %s route replace %s%s dev %s",
-				family, to, mac, link, family, to, bits, link))
-			silent(t, spy, to, "-I", link)
+			fmt.Fprintf(&set, "ip %s neigh replace %s lladdr %s dev %s nud permanent; ip %s route replace %s dev %s; ", family, to, mac, link, family, to, link)
+			fmt.Fprintf(&try, "(ping -c 2 -i 0.2 -W 1 -I %s %s >/dev/null 2>&1 && echo %s) & (echo hear me | nc -u -w 1 %s %d >/dev/null 2>&1) & ", link, to, to, to, earPort)
+		}
+		if open := command(t, spy, "sh", "-c", set.String()+try.String()+"wait"); open != "" {
+			t.Errorf("container %s on host %s reaches by frames to %s: %s", spy.Name, spy.Host.Name, mac, strings.Fields(open))
 		}
 	}
-	return len(macs) * len(ways)
+	for name, ear := range ears {
+		_ = ear.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		if _, from, err := ear.ReadFrom(make([]byte, 100)); err == nil {
+			t.Errorf("host %s took a packet of %s from a container", name, from)
+		}
+		_ = ear.Close()
+	}
+	return len(macs) * (len(ways) + 1)
 }
 
-func bridgeMAC(t *testing.T, h *hosts.Host, bridge string) string {
+// earPort is where the hosts of a lab listen for what they must not hear.
+const earPort = 7070
+
+func listenOn(t *testing.T, lab *hosts.Lab) map[string]net.PacketConn {
 	t.Helper()
-	out, err := h.Exec(t.Context(), "cat", "/sys/class/net/"+bridge+"/address")
+	ears := map[string]net.PacketConn{}
+	for _, h := range lab.Hosts {
+		err := hosts.InNetNS(h.NetNS(), func() (err error) {
+			ears[h.Name], err = net.ListenPacket("udp", fmt.Sprintf(":%d", earPort))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return ears
+}
+
+// linkLocal is the address that a kernel with IPv6 derives from a MAC address
+// (RFC 4291, appendix A).
+func linkLocal(t *testing.T, mac string) string {
+	t.Helper()
+	m, err := net.ParseMAC(mac)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return netip.AddrFrom16([16]byte{0xfe, 0x80, 8: m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]}).String()
+}
+
+// bridgeMAC returns the MAC address of a network's bridge.
+func bridgeMAC(t *testing.T, h *hosts.Host, network string) string {
+	t.Helper()
+	out, err := h.Exec(t.Context(), "cat", "/sys/class/net/"+networkOf(t, h, network).Bridge+"/address")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,7 +46,11 @@ func TestCrashLosesNoPacket(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		times = append(times, served(t, h, pid))
+		took, err := served(t.Context(), h, pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		times = append(times, took)
 	}
 	good, bad := churn.stop()
 	r := lossless(t, probe)

@@ -18,44 +18,46 @@ import (
 // stage is an operation of Docker's user on one host, and how the user gets the
 // same result after it was cut off.
 type stage struct {
-	name string
-	do   func(ctx context.Context, f *failHost) error
+	name, opposite string
+	thing          string // what it makes or removes
+	makes          bool
+	do             func(ctx context.Context, f *failHost) error
 }
 
 // The stages, in an order in which each finds what it needs.
 var stages = []stage{
-	{"network create", func(ctx context.Context, f *failHost) error {
+	{"network create", "network rm", "network", true, func(ctx context.Context, f *failHost) error {
 		_, err := f.host.Docker(ctx, "network", "create", "-d", hosts.PluginName, "--ipam-driver", hosts.PluginName,
 			"--subnet", f.subnet, "-o", "vni="+f.vni, "cycle")
 		return err
 	}},
-	{"run", func(ctx context.Context, f *failHost) error {
+	{"run", "rm", "container", true, func(ctx context.Context, f *failHost) error {
 		// A container that could not start is removed and tried anew.
 		_, _ = f.host.Docker(ctx, "rm", "--force", "short")
 		_, err := f.host.Run(ctx, "short", "--network", "cycle")
 		return err
 	}},
-	{"rm", func(ctx context.Context, f *failHost) error {
+	{"rm", "run", "container", false, func(ctx context.Context, f *failHost) error {
 		_, err := f.host.Docker(ctx, "rm", "--force", "short")
 		return ignoreGone(err)
 	}},
-	{"network rm", func(ctx context.Context, f *failHost) error {
+	{"network rm", "network create", "network", false, func(ctx context.Context, f *failHost) error {
 		_, err := f.host.Docker(ctx, "network", "rm", "cycle")
 		return ignoreGone(err)
 	}},
-	{"run on the peer", func(ctx context.Context, f *failHost) error {
+	{"run on the peer", "rm on the peer", "visitor", true, func(ctx context.Context, f *failHost) error {
 		_, _ = f.peer.Docker(ctx, "rm", "--force", "visitor")
 		_, err := f.peer.Run(ctx, "visitor", "--network", "app")
 		return err
 	}},
-	{"rm on the peer", func(ctx context.Context, f *failHost) error {
+	{"rm on the peer", "run on the peer", "visitor", false, func(ctx context.Context, f *failHost) error {
 		_, err := f.peer.Docker(ctx, "rm", "--force", "visitor")
 		return ignoreGone(err)
 	}},
 }
 
 func ignoreGone(err error) error {
-	if err != nil && strings.Contains(strings.ToLower(err.Error()), "no such") {
+	if err != nil && (strings.Contains(err.Error(), "No such") || strings.Contains(err.Error(), "not found")) {
 		return nil
 	}
 	return err
@@ -81,24 +83,25 @@ func stageOf(step string) string {
 // onlyAlone are the steps that a host takes for its first and last network.
 var onlyAlone = []string{"kernel.put.set", "kernel.put.jump", "kernel.delete.set", "kernel.delete.jump", "kernel.delete.chain"}
 
-// failHost is a host whose plugin is killed at chosen steps.
+// failHost is a host whose plugin is killed at chosen steps. While the hosts work
+// side by side, each has its own goroutine.
 type failHost struct {
 	host, peer   *hosts.Host
 	subnet, vni  string
-	state        string        // folder of the fail point's file
-	stays        func() error  // tells whether what runs still talks; nil before anything runs
-	killed, slow int           // steps; and those that the slow audits had to clean up
-	slept        time.Duration // until calls were served again, summed
-	missed       []string      // steps that were not reached
+	state        string       // folder of the fail point's file
+	steps        []string     // to be killed at
+	stays        func() error // tells whether what runs still talks; nil before anything runs
+	before       hosts.Inventory
+	killed, slow int // steps; and those that the slow audits had to clean up
 }
 
 // TestEveryStepCanBeTheLast kills the plugin at every step of every call and of
 // the kernel's changes, one at a time, and then does what a user would.
 func TestEveryStepCanBeTheLast(t *testing.T) {
-	lab := newLab(t, 2, nil)
+	// Most of the time Docker waits before it tries again: four hosts share it.
+	lab := newLab(t, 4, nil)
 	install(t, lab, pluginDir(t, "failpoint", "crash"))
-	a, b := lab.Hosts[0], lab.Hosts[1]
-	out, err := a.Exec(t.Context(), "weft", "failpoints")
+	out, err := lab.Hosts[0].Exec(t.Context(), "weft", "failpoints")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,119 +109,143 @@ func TestEveryStepCanBeTheLast(t *testing.T) {
 	if len(steps) < 40 {
 		t.Fatalf("only %d steps: %s", len(steps), out)
 	}
-
-	// Each step is for one of the hosts, so that both work at the same time; what a
-	// peer must do for it comes at the end, when the peer has nothing of its own.
-	work := map[*hosts.Host][]string{}
-	var withPeer, alone []string
-	for i, step := range steps {
-		switch {
-		case stageOf(step) == "":
-			t.Errorf("no operation is known that reaches step %s", step)
-		case slices.Contains(onlyAlone, step):
-			alone = append(alone, step)
-		case strings.HasSuffix(stageOf(step), "on the peer"):
-			withPeer = append(withPeer, step)
-		default:
-			h := lab.Hosts[i%2]
-			work[h] = append(work[h], step)
-		}
-	}
-	both := []*failHost{
-		{host: a, peer: b, subnet: "10.41.0.0/16", vni: "5001"},
-		{host: b, peer: a, subnet: "10.42.0.0/16", vni: "5002"},
-	}
-	empty := make([]hosts.Inventory, 2)
-	for i, f := range both {
-		if f.state, err = f.host.StateDir(t.Context()); err != nil {
+	all := make([]*failHost, len(lab.Hosts))
+	for i, h := range lab.Hosts {
+		all[i] = &failHost{host: h, peer: lab.Hosts[(i+1)%len(lab.Hosts)], subnet: fmt.Sprintf("10.%d.0.0/16", 41+i), vni: fmt.Sprint(5001 + i)}
+		if all[i].state, err = h.StateDir(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		empty[i] = inventory(t, f.host)
+		all[i].before = inventory(t, h)
 	}
-	inParallel(both, func(i int, f *failHost) { f.cycles(t, everySecond(alone, i)) })
-	if t.Failed() {
-		return
-	}
-	for i, f := range both {
-		unleaked(t, f.host, empty[i], "plugin file")
-	}
+	alone, withPeer, others := split(t, steps)
+
+	// A host's first and last network, while there is no other.
+	deal(all, alone)
+	finish(t, all)
 
 	createNetwork(t, lab, "app", 32)
 	probe, from, to := probePair(t, lab, "app")
-	toAddress, fromAddress := addressOf(t, to, "app").String(), addressOf(t, from, "app").String()
-	before := []hosts.Inventory{}
-	for i, f := range both {
-		who, where := from, toAddress
-		if i == 1 {
-			who, where = to, fromAddress
+	addresses := []string{addressOf(t, to, "app").String(), addressOf(t, from, "app").String()}
+	for i, f := range all {
+		who := []hosts.Container{from, to}
+		if i > 1 {
+			who = append(who, run(t, f.host, "keeper", "--network", "app"))
 		}
 		f.stays = func() error {
-			_, err := who.Exec(t.Context(), "ping", "-c", "1", "-W", "2", where)
+			_, err := who[len(who)-1].Exec(t.Context(), "ping", "-c", "1", "-W", "2", addresses[1])
 			return err
 		}
-		before = append(before, inventory(t, f.host))
 	}
-	inParallel(both, func(_ int, f *failHost) { f.cycles(t, work[f.host]) })
-	if !t.Failed() {
-		both[0].cycles(t, withPeer)
+	all[0].stays = func() error {
+		_, err := from.Exec(t.Context(), "ping", "-c", "1", "-W", "2", addresses[0])
+		return err
 	}
+	for _, f := range all {
+		settled(t, f.host)
+		f.before = inventory(t, f.host)
+	}
+	deal(all, others)
+	finish(t, all)
+	// What a peer must do comes last, when the peer has nothing of its own.
+	all[0].steps = withPeer
+	finish(t, all)
 	r := lossless(t, probe)
 	killed, slow := 0, 0
-	var slept time.Duration
-	for i, f := range both {
-		killed, slow, slept = killed+f.killed, slow+f.slow, slept+f.slept
-		if len(f.missed) > 0 {
-			t.Errorf("host %s: steps that no operation reached: %v", f.host.Name, f.missed)
-		}
-		if !t.Failed() {
-			unleaked(t, f.host, before[i], "plugin file")
-		}
+	for _, f := range all {
+		killed, slow = killed+f.killed, slow+f.slow
 	}
-	figure(t, "fail points: plugin killed at each step", killed, "%d of %d steps reached, 0 left over (%d by the slow audits), %d of %d packets lost, TCP %s; served again after %s on average",
-		killed, len(steps), slow, r.Lost, r.Sent, broken(r), (slept / time.Duration(max(killed, 1))).Round(time.Millisecond))
+	figure(t, "fail points: plugin killed at each step", killed, "%d of %d steps reached, 0 left over (after %d of them only thanks to the slow audits), %d of %d packets lost, TCP %s",
+		killed, len(steps), slow, r.Lost, r.Sent, broken(r))
 }
 
-func everySecond(all []string, first int) []string {
-	var out []string
-	for i := first; i < len(all); i += 2 {
-		out = append(out, all[i])
+// split returns the steps that need a host without other networks, those that
+// need its peer, and the others.
+func split(t *testing.T, steps []string) (alone, withPeer, others []string) {
+	for _, step := range steps {
+		switch stage := stageOf(step); {
+		case stage == "":
+			t.Errorf("no operation is known that reaches step %s", step)
+		case slices.Contains(onlyAlone, step):
+			alone = append(alone, step)
+		case strings.HasSuffix(stage, "on the peer"):
+			withPeer = append(withPeer, step)
+		default:
+			others = append(others, step)
+		}
 	}
-	return out
+	return alone, withPeer, others
 }
 
-func inParallel(both []*failHost, fn func(int, *failHost)) {
+// deal gives the steps of each stage to the hosts in turn.
+func deal(all []*failHost, steps []string) {
+	dealt := map[string]int{}
+	for _, step := range steps {
+		stage := stageOf(step)
+		f := all[dealt[stage]%len(all)]
+		f.steps = append(f.steps, step)
+		dealt[stage]++
+	}
+}
+
+// finish does the steps of all hosts, side by side, and ends the test unless all
+// were reached and nothing is left.
+func finish(t *testing.T, all []*failHost) {
+	t.Helper()
 	var group sync.WaitGroup
-	for i, f := range both {
-		group.Go(func() { fn(i, f) })
+	for _, f := range all {
+		group.Go(func() { f.cycles(t, f.steps) })
 	}
 	group.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	for _, f := range all {
+		f.steps = nil
+		unleaked(t, f.host, f.before, "plugin file")
+	}
 }
 
 // cycles runs through the stages again and again until the plugin was killed once
-// at each step. A stage without a step of its own left is done undisturbed.
+// at each step. A stage without a step of its own is done undisturbed where
+// another needs it.
 func (f *failHost) cycles(t *testing.T, steps []string) {
 	left := map[string][]string{}
 	for _, s := range steps {
 		left[stageOf(s)] = append(left[stageOf(s)], s)
 	}
-	for n := len(steps); n > 0 && !t.Failed(); {
+	count := func(names ...string) (n int) {
+		for _, name := range names {
+			n += len(left[name])
+		}
+		return n
+	}
+	there := map[string]bool{}
+	for range 2 * len(steps) {
 		for _, s := range stages {
+			inside := 0 // steps that need what this stage makes or removes
+			if s.thing == "network" {
+				inside = count("run", "rm")
+			}
+			switch {
+			case s.makes == there[s.thing]:
+				continue
+			case s.makes && inside+count(s.name, s.opposite) == 0:
+				continue
+			case !s.makes && inside > 0 && count(s.name, s.opposite) == 0:
+				continue
+			}
 			step := ""
 			if l := left[s.name]; len(l) > 0 {
 				step, left[s.name] = l[0], l[1:]
-				n--
 			}
-			if strings.HasSuffix(s.name, "on the peer") && f.stays == nil {
-				continue
-			}
-			if strings.HasSuffix(s.name, "on the peer") && len(left["run on the peer"])+len(left["rm on the peer"]) == 0 && step == "" {
-				continue
-			}
-			f.stage(t, s, step)
-			if t.Failed() {
+			if f.stage(t, s, step); t.Failed() {
 				return
 			}
+			there[s.thing] = s.makes
 		}
+	}
+	if len(steps) > 0 && (there["network"] || count("network create", "run", "rm", "network rm", "run on the peer", "rm on the peer") > 0) {
+		t.Errorf("host %s: not all steps were tried: %v", f.host.Name, left)
 	}
 }
 
@@ -243,17 +270,18 @@ func (f *failHost) stage(t *testing.T, s stage, step string) {
 	}
 	first := s.do(ctx, f)
 	if strings.HasPrefix(step, "ipam.Audit") {
-		leap(t, f.host) // it has something to do once the address has cooled
+		_ = leap(ctx, f.host) // it has something to do once the address has cooled
 	}
 	if err := gone(ctx, file); err != nil {
-		f.missed = append(f.missed, step)
 		_ = os.Remove(file)
 		t.Errorf("host %s: %s did not reach step %s: %v (%v)", f.host.Name, s.name, step, err, first)
 		return
 	}
-	took := served(t, f.host, pid)
+	if _, err := served(ctx, f.host, pid); err != nil {
+		t.Errorf("killed at %s: %v", step, err)
+		return
+	}
 	f.killed++
-	f.slept += took
 	// Docker's call may have failed or not; the user tries again.
 	var again error
 	if first != nil || s.name == "rm" || s.name == "network rm" {
@@ -267,7 +295,7 @@ func (f *failHost) stage(t *testing.T, s stage, step string) {
 	if slow {
 		f.slow++
 	}
-	t.Logf("host %s: killed at %s: %s: error %t, served again after %s, slow audits %t", f.host.Name, step, s.name, first != nil, took.Round(time.Millisecond), slow)
+	t.Logf("host %s: killed at %s: %s: error %t, slow audits %t", f.host.Name, step, s.name, first != nil, slow)
 	if f.stays != nil {
 		if err := f.stays(); err != nil {
 			t.Errorf("host %s: killed at %s: what ran lost its connection: %v", f.host.Name, step, err)

@@ -35,7 +35,7 @@ func ownIPAM(t *testing.T, lab *hosts.Lab) {
 		t.Errorf("both hosts gave %s", first)
 	}
 	reach(t, one, second.String())
-	refused(t, b, []string{"lives on host a", first.String()}, "network", "connect", "--ip", first.String(), "given", "client")
+	refused(t, b, []string{"on host a", first.String()}, "network", "connect", "--ip", first.String(), "given", "client")
 
 	docker(t, a, "network", "create", "-d", hosts.PluginName, "--ipam-driver", hosts.PluginName, "--ipv6", "chosen")
 	n := networkOf(t, a, "chosen")

@@ -4,6 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"testing"
@@ -114,11 +117,7 @@ func refused(t *testing.T, h *hosts.Host, words []string, args ...string) {
 // inside runs f in the network namespace of a container.
 func inside(t *testing.T, c hosts.Container, f func() error) error {
 	t.Helper()
-	pid, err := c.PID(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return hosts.InNetNS(fmt.Sprintf("/proc/%d/ns/net", pid), f)
+	return hosts.InNetNS(netnsOf(t, c), f)
 }
 
 // command runs a command in a container, which must succeed.
@@ -146,29 +145,51 @@ func serve(t *testing.T, c hosts.Container, word string) {
 	command(t, c, "sh", "-c", "echo "+word+" >/srv/index.html && httpd -p 80 -h /srv")
 }
 
-// fetches waits until a command that fetches URL prints the word; prefix is how
-// the command runs, such as a container's Exec.
-func fetches(t *testing.T, exec func(args ...string) (string, error), url, word string) {
+// fetches waits until the URL answers the word in the network namespace at path.
+func fetches(t *testing.T, netns, url, word string) {
 	t.Helper()
-	var out string
-	var err error
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); pause(t, 100*time.Millisecond) {
-		if out, err = exec("wget", "-q", "-T", "2", "-O", "-", url); err == nil && out == word {
-			return
+	client := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
+			err = hosts.InNetNS(netns, func() error {
+				conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
+				return err
+			})
+			return conn, err
+		}}}
+	eventually(t, 15*time.Second, url+" answers "+word, func(ctx context.Context) error {
+		r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+		if err != nil {
+			return err
 		}
-	}
-	t.Errorf("%s answers %q, %v; want %q", url, out, err, word)
+		resp, err := client.Do(r)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = resp.Body.Close() }()
+		raw, err := io.ReadAll(resp.Body)
+		if err == nil && strings.TrimSpace(string(raw)) != word {
+			err = fmt.Errorf("status %d: %s", resp.StatusCode, raw)
+		}
+		return err
+	})
 }
 
-// inContainer and onHost are two ways for fetches to run.
-func inContainer(t *testing.T, c hosts.Container) func(args ...string) (string, error) {
-	return func(args ...string) (string, error) { return c.Exec(t.Context(), args...) }
+// unixClient sends requests to a Unix socket.
+func unixClient(socket string) *http.Client {
+	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		}}}
 }
 
-func onHost(t *testing.T, h *hosts.Host) func(args ...string) (string, error) {
-	return func(args ...string) (string, error) {
-		return h.Exec(t.Context(), append([]string{"busybox"}, args...)...)
+// netnsOf is the path of a container's network namespace.
+func netnsOf(t *testing.T, c hosts.Container) string {
+	t.Helper()
+	pid, err := c.PID(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
+	return fmt.Sprintf("/proc/%d/ns/net", pid)
 }
 
 // until waits until the endpoints that the host knows satisfy ok.

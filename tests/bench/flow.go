@@ -175,7 +175,7 @@ func (p path) stream(n int, d time.Duration) (rate, cpuPerGB float64, err error)
 	var received atomic.Int64
 	var wait sync.WaitGroup
 	for range clients {
-		conn, _, err := unix.Accept(server)
+		conn, _, err := accept(server)
 		if err != nil {
 			return 0, 0, err
 		}
@@ -183,7 +183,7 @@ func (p path) stream(n int, d time.Duration) (rate, cpuPerGB float64, err error)
 			defer closeAll(conn)
 			buf := make([]byte, 256<<10)
 			for {
-				k, err := unix.Read(conn, buf)
+				k, err := read(conn, buf)
 				if k <= 0 || err != nil {
 					return
 				}
@@ -198,7 +198,7 @@ func (p path) stream(n int, d time.Duration) (rate, cpuPerGB float64, err error)
 			defer closeAll(c)
 			buf := make([]byte, 128<<10)
 			for time.Now().Before(end) {
-				if _, err := unix.Write(c, buf); err != nil {
+				if _, err := write(c, buf); err != nil {
 					return
 				}
 			}
@@ -224,7 +224,7 @@ func (p path) packets(d time.Duration) (float64, error) {
 		defer close(done)
 		buf := make([]byte, 128)
 		for {
-			k, err := unix.Read(server, buf)
+			k, err := read(server, buf)
 			if err != nil || k == 1 { // a single byte ends the run
 				return
 			}
@@ -235,14 +235,14 @@ func (p path) packets(d time.Duration) (float64, error) {
 	end, buf := start.Add(d), make([]byte, 64)
 	for time.Now().Before(end) {
 		for range 64 {
-			if _, err := unix.Write(client, buf); err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.ECONNREFUSED) {
+			if _, err := write(client, buf); err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.ECONNREFUSED) {
 				return 0, err
 			}
 		}
 	}
 	rate := float64(received.Load()) / time.Since(start).Seconds()
 	for range 10 {
-		_, _ = unix.Write(client, buf[:1])
+		_, _ = write(client, buf[:1])
 	}
 	<-done
 	return rate, nil
@@ -255,7 +255,7 @@ func (p path) requests(d time.Duration) (rate float64, p99 time.Duration, err er
 		return 0, 0, err
 	}
 	defer closeAll(server)
-	conn, _, err := unix.Accept(server)
+	conn, _, err := accept(server)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -265,10 +265,10 @@ func (p path) requests(d time.Duration) (rate float64, p99 time.Duration, err er
 		defer closeAll(conn)
 		buf := make([]byte, 1)
 		for {
-			if k, err := unix.Read(conn, buf); k <= 0 || err != nil {
+			if k, err := read(conn, buf); k <= 0 || err != nil {
 				return
 			}
-			if _, err := unix.Write(conn, buf); err != nil {
+			if _, err := write(conn, buf); err != nil {
 				return
 			}
 		}
@@ -277,10 +277,10 @@ func (p path) requests(d time.Duration) (rate float64, p99 time.Duration, err er
 	buf := make([]byte, 1)
 	start := time.Now()
 	for before := start; before.Sub(start) < d; {
-		if _, err := unix.Write(client, buf); err != nil {
+		if _, err := write(client, buf); err != nil {
 			return 0, 0, err
 		}
-		if _, err := unix.Read(client, buf); err != nil {
+		if _, err := read(client, buf); err != nil {
 			return 0, 0, err
 		}
 		now := time.Now()
@@ -292,6 +292,32 @@ func (p path) requests(d time.Duration) (rate float64, p99 time.Duration, err er
 	wait.Wait()
 	slices.Sort(times)
 	return float64(len(times)) / took.Seconds(), times[len(times)*99/100], nil
+}
+
+// The runtime's signals interrupt raw calls: these try again.
+
+func read(fd int, buf []byte) (int, error) {
+	for {
+		if n, err := unix.Read(fd, buf); !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}
+
+func write(fd int, buf []byte) (int, error) {
+	for {
+		if n, err := unix.Write(fd, buf); !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}
+
+func accept(fd int) (int, unix.Sockaddr, error) {
+	for {
+		if c, from, err := unix.Accept(fd); !errors.Is(err, unix.EINTR) {
+			return c, from, err
+		}
+	}
 }
 
 func closeAll(fds ...int) {

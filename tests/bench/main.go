@@ -1,3 +1,272 @@
+// Command bench measures Weft against Docker's own networks, side by side in one
+// run, and prints ratios. Nothing is asserted: docs/benchmarks.md keeps the table.
+//
+// Two hosts run every path: a raw veth pair, Docker's bridge, Docker's overlay (a
+// two-host Swarm) and Weft. A round measures each path once; odd rounds go through
+// them in reverse. Figures are medians over the rounds, ratios medians of the
+// rounds' ratios.
 package main
 
-func main() {}
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/weftnet/weft/tests/hosts"
+)
+
+func main() {
+	rounds := flag.Int("rounds", 5, "rounds over all paths")
+	length := flag.Duration("length", 600*time.Millisecond, "length of each flow in a round")
+	attaches := flag.Int("attaches", 9, "docker run --rm per network; 0 leaves that table out")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := bench(ctx, *rounds, *length, *attaches); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+func bench(ctx context.Context, rounds int, length time.Duration, attaches int) (err error) {
+	dir, err := os.MkdirTemp("", "weft-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	if out, err := exec.CommandContext(ctx, "make", "-s", "plugin", "PLUGIN="+dir).CombinedOutput(); err != nil {
+		return fmt.Errorf("make plugin: %w: %s", err, out)
+	}
+	lab, err := hosts.New(ctx, hosts.Options{Hosts: []hosts.HostOptions{{Name: "alpha"}, {Name: "beta"}}})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, lab.Close()) }()
+	b := &setup{ctx: ctx, plugin: dir, a: lab.Hosts[0], b: lab.Hosts[1]}
+	if err := b.networks(); err != nil {
+		return err
+	}
+	same, across, err := b.paths()
+	if err != nil {
+		return err
+	}
+	for _, t := range []struct {
+		title string
+		paths []path
+	}{{"Same host, ratio to a raw veth pair", same}, {"Across hosts, ratio to the hosts' own network", across}} {
+		if err := table(t.title, t.paths, rounds, length); err != nil {
+			return err
+		}
+	}
+	if attaches > 0 {
+		return b.attach(attaches)
+	}
+	return nil
+}
+
+// setup is the two hosts with all networks.
+type setup struct {
+	ctx    context.Context
+	plugin string // folder
+	a, b   *hosts.Host
+}
+
+func (s *setup) networks() error {
+	join := "WEFT_JOIN=" + s.a.Address.String() + "," + s.b.Address.String()
+	for i, h := range []*hosts.Host{s.a, s.b} {
+		if err := h.InstallPlugin(s.ctx, s.plugin, join); err != nil {
+			return err
+		}
+		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "--subnet", "10.32.0.0/16",
+			"--ip-range", fmt.Sprintf("10.32.%d.0/24", i+1), "weft"); err != nil {
+			return err
+		}
+		if _, err := h.Docker(s.ctx, "network", "create", "br"); err != nil {
+			return err
+		}
+	}
+	if _, err := s.a.Docker(s.ctx, "swarm", "init", "--advertise-addr", s.a.Address.String()); err != nil {
+		return err
+	}
+	token, err := s.a.Docker(s.ctx, "swarm", "join-token", "-q", "worker")
+	if err != nil {
+		return err
+	}
+	if _, err := s.b.Docker(s.ctx, "swarm", "join", "--token", token, s.a.Address.String()+":2377"); err != nil {
+		return err
+	}
+	_, err = s.a.Docker(s.ctx, "network", "create", "-d", "overlay", "--attachable", "--subnet", "10.33.0.0/16", "ov")
+	return err
+}
+
+// paths starts two containers of each network on the first host and one on the
+// second, and returns what to measure between.
+func (s *setup) paths() (same, across []path, err error) {
+	raw, err := s.veth()
+	if err != nil {
+		return nil, nil, err
+	}
+	same = append(same, raw)
+	across = append(across, path{"host", s.a.NetNS(), s.b.NetNS(), s.b.Address})
+	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}} {
+		one, _, err := s.container(s.a, n.network+"1", n.network)
+		if err != nil {
+			return nil, nil, err
+		}
+		two, address, err := s.container(s.a, n.network+"2", n.network)
+		if err != nil {
+			return nil, nil, err
+		}
+		same = append(same, path{n.name, one, two, address})
+		if n.network == "br" {
+			continue
+		}
+		three, address, err := s.container(s.b, n.network+"3", n.network)
+		if err != nil {
+			return nil, nil, err
+		}
+		// The record of the other end may be on its way.
+		p := path{n.name, one, three, address}
+		if err := reach(s.ctx, s.a, n.network+"1", address); err != nil {
+			return nil, nil, err
+		}
+		across = append(across, p)
+	}
+	return same, across, nil
+}
+
+func (s *setup) container(h *hosts.Host, name, network string) (ns string, a netip.Addr, err error) {
+	c, err := h.Run(s.ctx, name, "--network", network)
+	if err != nil {
+		return "", a, err
+	}
+	pid, err := c.PID(s.ctx)
+	if err != nil {
+		return "", a, err
+	}
+	a, err = c.Address(s.ctx, network)
+	return fmt.Sprintf("/proc/%d/ns/net", pid), a, err
+}
+
+// veth puts a pair between two containers that have no network.
+func (s *setup) veth() (path, error) {
+	var pids []string
+	for _, name := range []string{"raw1", "raw2"} {
+		c, err := s.a.Run(s.ctx, name, "--network", "none")
+		if err != nil {
+			return path{}, err
+		}
+		pid, err := c.PID(s.ctx)
+		if err != nil {
+			return path{}, err
+		}
+		pids = append(pids, fmt.Sprint(pid))
+	}
+	script := "ip link add r0 netns " + pids[0] + " type veth peer name r0 netns " + pids[1]
+	for i, pid := range pids {
+		script += fmt.Sprintf("; nsenter -t %s -n ip addr add 10.34.0.%d/24 dev r0; nsenter -t %s -n ip link set r0 up", pid, i+1, pid)
+	}
+	if _, err := s.a.Exec(s.ctx, "sh", "-ec", script); err != nil {
+		return path{}, err
+	}
+	return path{"raw veth", "/proc/" + pids[0] + "/ns/net", "/proc/" + pids[1] + "/ns/net", netip.MustParseAddr("10.34.0.2")}, nil
+}
+
+func reach(ctx context.Context, h *hosts.Host, container string, a netip.Addr) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	for {
+		_, err := h.Docker(ctx, "exec", container, "ping", "-c", "1", "-W", "1", a.String())
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// table measures and prints one set of paths; the first is the reference.
+func table(title string, paths []path, rounds int, length time.Duration) error {
+	all := make([][]figures, len(paths))
+	for r := range rounds {
+		order := make([]int, len(paths))
+		for i := range order {
+			order[i] = i
+			if r%2 == 1 {
+				order[i] = len(paths) - 1 - i
+			}
+		}
+		for _, i := range order {
+			f, err := paths[i].measure(length)
+			if err != nil {
+				return err
+			}
+			all[i] = append(all[i], f)
+		}
+	}
+	fmt.Printf("\n### %s\n\n| path | TCP 1 Gbit/s | TCP 4 Gbit/s | UDP kpps | request/response per s | p99 | CPU s per GB |\n|---|---|---|---|---|---|---|\n", title)
+	cells := []struct {
+		format string
+		value  func(figures) float64
+	}{
+		{"%.1f", func(f figures) float64 { return f.tcp1 / 1e9 }},
+		{"%.1f", func(f figures) float64 { return f.tcp4 / 1e9 }},
+		{"%.0f", func(f figures) float64 { return f.udp / 1e3 }},
+		{"%.0f", func(f figures) float64 { return f.rr }},
+		{"%.0f µs", func(f figures) float64 { return float64(f.rrP99.Microseconds()) }},
+		{"%.2f", func(f figures) float64 { return f.cpuPerGB }},
+	}
+	for i, p := range paths {
+		fmt.Printf("| %s |", p.name)
+		for _, c := range cells {
+			var values, ratios []float64
+			for r := range all[i] {
+				values = append(values, c.value(all[i][r]))
+				ratios = append(ratios, c.value(all[i][r])/c.value(all[0][r]))
+			}
+			fmt.Printf(" "+c.format+" (%.2f) |", median(values), median(ratios))
+		}
+		fmt.Println()
+	}
+	return nil
+}
+
+// attach times docker run --rm with each network, interleaved.
+func (s *setup) attach(times int) error {
+	networks := []string{"none", "br", "ov", "weft"}
+	took := map[string][]float64{}
+	for range times {
+		for _, n := range networks {
+			start := time.Now()
+			if _, err := s.a.Docker(s.ctx, "run", "--rm", "--network", n, hosts.Image, "true"); err != nil {
+				return err
+			}
+			took[n] = append(took[n], time.Since(start).Seconds()*1e3)
+		}
+	}
+	fmt.Printf("\n### docker run --rm, median of %d\n\n| network | ms | ratio to Docker's bridge |\n|---|---|---|\n", times)
+	for _, n := range networks {
+		var ratios []float64
+		for i := range took[n] {
+			ratios = append(ratios, took[n][i]/took["br"][i])
+		}
+		fmt.Printf("| %s | %.0f | %.2f |\n", strings.NewReplacer("br", "docker bridge", "ov", "docker overlay").Replace(n), median(took[n]), median(ratios))
+	}
+	return nil
+}
+
+func median(v []float64) float64 {
+	if len(v) == 0 {
+		return 0
+	}
+	s := slices.Sorted(slices.Values(v))
+	return s[len(s)/2]
+}

@@ -272,7 +272,12 @@ func (d *demo) expect(h *hosts.Host, want string, args ...string) error {
 
 func (d *demo) local(args ...string) error {
 	d.prompt("", quote(args))
-	_, err := d.print(exec.CommandContext(d.ctx, args[0], args[1:]...))
+	cmd := exec.CommandContext(d.ctx, args[0], args[1:]...)
+	// With its children: make's compiler would go on writing into the folder.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGTERM) }
+	cmd.WaitDelay = 5 * time.Second
+	_, err := d.print(cmd)
 	return err
 }
 

@@ -60,8 +60,7 @@ func (h *Host) StartDockerd(ctx context.Context) error {
 	if h.closed || h.daemon != nil {
 		return fmt.Errorf("host %s: dockerd runs already, or the lab is closed", h.Name)
 	}
-	own := h.lab.Name + "/" + h.Name
-	procs, err := makeCgroup(own + "/engine")
+	procs, err := makeCgroup(h.cgroup() + "/engine")
 	if err != nil {
 		return err
 	}
@@ -73,7 +72,7 @@ func (h *Host) StartDockerd(ctx context.Context) error {
 
 	// In the lab's cgroup, so that everything dockerd starts can be found.
 	args := append([]string{"-c", `while [ "$1" != -- ]; do echo $$ >"$1"; shift; done; shift; exec "$@"`, "sh"}, procs...)
-	args = append(append(args, "--"), h.inside(h.dockerdArgs(ctx, own)...)...)
+	args = append(append(args, "--"), h.inside(h.dockerdArgs(ctx)...)...)
 	// Not bound to ctx: dockerd outlives the call.
 	cmd := command(context.WithoutCancel(ctx), []string{"DOCKER_MIN_API_VERSION=1.24"}, "sh", args...)
 	cmd.Stdout, cmd.Stderr = logFile, logFile
@@ -98,20 +97,23 @@ func (h *Host) StartDockerd(ctx context.Context) error {
 			return h.ping(wctx), nil
 		}
 	})
+	if ctx.Err() != nil {
+		return ctx.Err() // we were asked to end: the log explains nothing
+	}
 	if err != nil {
 		return fmt.Errorf("host %s: %w; the end of its log:\n%s", h.Name, err, tail(h.LogFile(), 15))
 	}
 	return nil
 }
 
-func (h *Host) dockerdArgs(ctx context.Context, cgroup string) []string {
+func (h *Host) dockerdArgs(ctx context.Context) []string {
 	args := []string{"dockerd",
 		"--data-root", filepath.Join(h.Dir, "data"),
 		"--exec-root", "/run/docker",
 		"--host", "unix:///run/docker.sock",
 		"--host", "unix://" + h.socket(),
 		"--pidfile", "/run/docker.pid",
-		"--cgroup-parent", "/" + cgroup + "/containers",
+		"--cgroup-parent", "/" + h.cgroup() + "/containers",
 		// /run/systemd is hidden, and systemd knows nothing of this host.
 		"--exec-opt", "native.cgroupdriver=cgroupfs",
 	}

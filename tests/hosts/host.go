@@ -84,7 +84,7 @@ func (h *Host) startHolder(ctx context.Context) error {
 	// Not bound to ctx: Close ends it, or the pipe does.
 	h.holder = command(context.WithoutCancel(ctx), nil, "nsenter", "--net=/run/netns/"+h.netns,
 		"unshare", "--mount", "--uts", "--propagation", "private",
-		"sh", "-c", hostScript, "host.sh", h.Dir, h.Name)
+		"sh", "-c", hostScript, "host.sh", h.Dir, h.Name, h.cgroup())
 	var errOut strings.Builder
 	h.holder.Stderr = &errOut
 	stdin, err := h.holder.StdinPipe()
@@ -116,7 +116,7 @@ func (h *Host) stop(ctx context.Context) error {
 	var err error
 	if h.daemon != nil {
 		// Containers would get ten seconds each to end; nobody needs their end.
-		_ = killCgroup(h.lab.Name + "/" + h.Name + "/containers")
+		_ = killCgroup(h.cgroup() + "/containers")
 		err = h.stopLocked(sctx)
 	}
 	h.mu.Unlock()
@@ -176,6 +176,9 @@ func (h *Host) Command(ctx context.Context, args ...string) *exec.Cmd {
 	in := h.inside(args...)
 	return command(ctx, nil, in[0], in[1:]...)
 }
+
+// cgroup holds the host's dockerd and containers; relative to the roots.
+func (h *Host) cgroup() string { return h.lab.Name + "/" + h.Name }
 
 // NetNS is the path of the host's network namespace.
 func (h *Host) NetNS() string { return "/run/netns/" + h.netns }

@@ -1,7 +1,9 @@
-# host.sh DIR NAME: the private view of one Docker host. Runs in new network,
-# mount and UTS namespaces; nothing it mounts is seen outside.
+# host.sh DIR NAME CGROUP: the private view of one Docker host. Runs in new
+# network, mount and UTS namespaces; nothing it mounts is seen outside. It stays
+# until its input ends.
 set -eu
 dir=$1
+cgroup=$3
 hostname "$2"
 
 # /sys of this network namespace, with the machine's cgroups in it. Without
@@ -27,4 +29,15 @@ for own in /etc/docker /opt/containerd; do
 done
 
 echo ready
-exec cat >/dev/null
+cat >/dev/null
+
+# The lab is closed, or the process that made it was killed: then its dockerd and
+# containers are still there. Namespaces and files wait for the next lab's sweep.
+tries=0
+while [ "$tries" -lt 50 ]; do
+	pids=$(find /sys/fs/cgroup/$cgroup /sys/fs/cgroup/*/$cgroup -name cgroup.procs -exec cat {} + 2>/dev/null | sort -u) || true
+	[ -n "$pids" ] || break
+	kill -9 $pids 2>/dev/null || true
+	tries=$((tries + 1))
+	sleep 0.1
+done

@@ -1,6 +1,12 @@
 package hosts
 
 import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -48,5 +54,77 @@ func TestInventoryDiffNamesWhatCameAndWent(t *testing.T) {
 	}
 	if got := a.Diff(a); got != "" {
 		t.Errorf("a differs from itself: %s", got)
+	}
+}
+
+// A lab whose process died leaves processes, namespaces, cgroups and files; the
+// next lab takes them away, and nothing of a living one.
+func TestSweepRemovesWhatADeadProcessLeft(t *testing.T) {
+	Require(t, "root", "docker")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	owner := exec.Command("true")
+	if err := owner.Run(); err != nil {
+		t.Fatal(err)
+	}
+	dead := fmt.Sprintf("%s%d-1", prefix, owner.Process.Pid)
+	alive := fmt.Sprintf("%s%d-99999", prefix, os.Getpid())
+	spaces := map[string]string{}
+	for _, lab := range []string{dead, alive} {
+		dir := filepath.Join(root, lab)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := writeOwner(dir); err != nil {
+			t.Fatal(err)
+		}
+		spaces[lab] = lab + "-a"
+		if _, err := run(ctx, nil, "ip", "netns", "add", spaces[lab]); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := removeLab(context.WithoutCancel(ctx), lab); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if _, err := makeCgroup(dead + "/a/engine"); err != nil {
+		t.Fatal(err)
+	}
+	left := command(ctx, nil, "ip", "netns", "exec", spaces[dead], "sleep", "60")
+	if err := left.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- left.Wait() }()
+
+	space, err := os.Stat("/run/netns/" + spaces[dead])
+	if err != nil {
+		t.Fatal(err)
+	}
+	inode := space.Sys().(*syscall.Stat_t).Ino
+	err = waitFor(ctx, time.Millisecond, "the process to enter the namespace", func() (bool, error) {
+		pids, err := labProcesses(dead, map[uint64]bool{inode: true})
+		return len(pids) > 0, err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	if err := Sweep(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err == nil || ctx.Err() != nil {
+		t.Errorf("the process was not killed: %v", err)
+	}
+	for _, p := range []string{filepath.Join(root, dead), "/run/netns/" + spaces[dead], filepath.Join(cgroupRoots()[0], dead)} {
+		if exists(p) {
+			t.Errorf("%s is still there", p)
+		}
+	}
+	for _, p := range []string{filepath.Join(root, alive), "/run/netns/" + spaces[alive]} {
+		if !exists(p) {
+			t.Errorf("%s of a living process is gone", p)
+		}
 	}
 }
