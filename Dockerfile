@@ -10,7 +10,8 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-RUN CGO_ENABLED=0 go build -trimpath -ldflags=-s -o /weft ./plugin
+ARG VERSION=dev
+RUN CGO_ENABLED=0 go build -trimpath -ldflags "-X main.version=$VERSION" -o /weft ./plugin
 
 FROM debian:bookworm-slim AS rootfs
 RUN apt-get update && apt-get install -y --no-install-recommends iptables

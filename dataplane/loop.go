@@ -137,7 +137,7 @@ func (l *Loop) Run(ctx context.Context) error {
 		}
 		v, wait, due := l.next(time.Now())
 		if due {
-			l.pass(ctx, v)
+			_, _ = l.pass(ctx, v) // recorded in the status and tried again
 			continue
 		}
 		if first {

@@ -99,6 +99,11 @@ func (i *IPAM) RequestAddress(ctx context.Context, r api.RequestAddressRequest) 
 				return nil, err
 			}
 		}
+		if again {
+			if err := i.leaseAgain(tx, c.pool); err != nil {
+				return nil, err
+			}
+		}
 		return func() {
 			c.book.taken = c.book.taken.add(l.Address)
 			i.books[c.pool.ID] = c.book

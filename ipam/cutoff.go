@@ -3,6 +3,7 @@ package ipam
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"slices"
 
 	api "github.com/docker/go-plugins-helpers/ipam"
@@ -71,4 +72,33 @@ func (i *IPAM) ReleaseCutOff(ctx context.Context, r api.ReleasePoolRequest) erro
 	}
 	_, err = i.ReleasePool(ctx, r)
 	return err
+}
+
+// leaseAgain gives a pool that was made again the leases of the endpoints that
+// live in it: they were lost with it.
+func (i *IPAM) leaseAgain(tx *store.Tx, p store.Pool) error {
+	networks, err := tx.Networks()
+	if err != nil {
+		return err
+	}
+	for _, n := range networks {
+		if !slices.Contains(n.Prefixes(), p.Prefix) {
+			continue
+		}
+		endpoints, err := tx.Endpoints(n.ID)
+		if err != nil {
+			return err
+		}
+		for _, e := range endpoints {
+			for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
+				if e.Left || !a.IsValid() || !p.Prefix.Contains(a) {
+					continue
+				}
+				if err := tx.PutLease(store.Lease{Pool: p.ID, Address: a, Kind: kindAuto, Taken: i.cfg.Now().UTC()}); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
 }

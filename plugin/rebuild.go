@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,26 +12,14 @@ import (
 	"github.com/weftnet/weft/store"
 )
 
-// rebuiltMark is the file that names the last damaged database after which the
-// records were rebuilt. Without it a process killed in between would start with an
-// empty database and take every link for a leftover.
-const rebuiltMark = "rebuilt"
-
-// rebuild puts back what the kernel still tells of networks and endpoints after
-// the database was lost, before the loop runs. It returns in words what it did, ""
-// when there was nothing to do.
+// rebuild puts what the kernel still tells of networks and endpoints into a
+// database that is new, before the loop runs and takes every link for a leftover.
+// It is new after it was damaged or lost, or after the plugin was removed and made
+// again. It returns in words what it did, "" when there was nothing to do.
 func rebuild(ctx context.Context, dir string, db *store.DB, k *kernel.Kernel) (string, error) {
-	lost, err := lastSetAside(dir)
-	if err != nil || lost == "" {
+	known := false
+	if err := db.View(func(tx *store.Tx) error { known = tx.Founded(); return nil }); err != nil || known {
 		return "", err
-	}
-	mark := filepath.Join(dir, rebuiltMark)
-	done, err := os.ReadFile(mark)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err
-	}
-	if string(done) == lost {
-		return "", nil
 	}
 	networks, endpoints, err := k.Recover(ctx)
 	if err != nil {
@@ -41,15 +27,25 @@ func rebuild(ctx context.Context, dir string, db *store.DB, k *kernel.Kernel) (s
 	}
 	restored := 0
 	err = db.Update(ctx, func(tx *store.Tx) error {
-		restored, err = putRecovered(tx, networks, endpoints)
-		return err
+		// In the same transaction: a process that is killed in between begins again.
+		if restored, err = putRecovered(tx, networks, endpoints); err != nil {
+			return err
+		}
+		return tx.SetFounded()
 	})
 	if err != nil {
 		return "", fmt.Errorf("rebuild the records from the kernel: %w", err)
 	}
-	text := fmt.Sprintf("the database was damaged and is kept as %s; rebuilt from the kernel: %d networks, %d endpoints (not rebuilt: options, address pools that Docker does not ask for again)",
-		filepath.Join(dir, lost), len(networks), restored)
-	return text, os.WriteFile(mark, []byte(lost), 0o600)
+	lost, err := lastSetAside(dir)
+	if err != nil || lost == "" && len(networks) == 0 {
+		return "", err
+	}
+	why := "there was no database although this host has networks"
+	if lost != "" {
+		why = "the database was damaged and is kept as " + filepath.Join(dir, lost)
+	}
+	return fmt.Sprintf("%s; rebuilt from the kernel: %d networks, %d endpoints (not rebuilt: options, address pools that Docker does not ask for again)",
+		why, len(networks), restored), nil
 }
 
 // putRecovered writes what the kernel told, as far as it hangs together.

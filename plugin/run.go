@@ -198,7 +198,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer db.Close()
+	defer func() { _ = db.Close() }()
 	p.gate.at("reading the kernel")
 	k, err := kernel.New(kernel.Config{Backend: p.set.iptables, Checksum: p.set.checksum, SysNet: p.sysnet(), Log: p.log})
 	if err != nil {
@@ -210,7 +210,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 		return err
 	}
 	if rebuilt != "" {
-		p.log.Error("database was damaged and set aside", "rebuilt", rebuilt)
+		p.log.Error("database was lost", "rebuilt", rebuilt)
 	}
 	c := newCluster(p, db, identity)
 	loop := dataplane.NewLoop(db, k, p.set.address, c.inSync, p.log)

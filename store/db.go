@@ -20,7 +20,7 @@ import (
 // Buckets of the database. A key that holds a VNI holds it as four big-endian
 // bytes, so that the records of one network lie together.
 var (
-	bucketMeta      = []byte("meta")      // "schema", "epoch" → uint64
+	bucketMeta      = []byte("meta")      // "schema", "epoch", "founded" → uint64
 	bucketNetworks  = []byte("networks")  // NetworkID → Network
 	bucketEndpoints = []byte("endpoints") // NetworkID "/" EndpointID → Endpoint
 	bucketSeq       = []byte("seq")       // VNI → uint64, version of what we own
@@ -55,9 +55,10 @@ type DB struct {
 }
 
 // Open opens or makes the database file at path for the host self. A file that
-// cannot be read is moved to path.bad-<unix seconds> and an empty database takes
-// its place, which SetAside tells; the caller rebuilds what it can. Errors:
-// ErrNewerSchema (nothing is changed), ErrLocked, and those of the file system.
+// is empty or cannot be read is moved to path.bad-<unix seconds> and a new
+// database takes its place, which SetAside tells; the caller rebuilds what it can
+// (Tx.Founded). Errors: ErrNewerSchema (nothing is changed), ErrLocked, and those
+// of the file system.
 func Open(path string, self Host) (*DB, error) {
 	bolt, epoch, err := openChecked(path)
 	setAside := ""
@@ -97,6 +98,9 @@ func openChecked(path string) (_ *bbolt.DB, epoch uint64, err error) {
 	}
 	if st, err := os.Stat(path); err == nil && !st.Mode().IsRegular() {
 		return nil, 0, fmt.Errorf("is not a regular file but %s", st.Mode().Type())
+	} else if err == nil && st.Size() == 0 {
+		// bbolt would make a new database of it, and what was lost be lost silently.
+		return nil, 0, damageError{errors.New("the file is empty")}
 	}
 	// bbolt reads the file through a memory map: a wrong page number in a
 	// damaged file is a fault or a panic, not an error.
@@ -308,20 +312,20 @@ func scan(tx *Tx, bucket, prefix []byte, fn func(key, raw []byte) error) error {
 
 // removePrefix deletes all records whose key starts with prefix. Deleting while
 // a cursor walks skips entries, so the keys are collected first.
-func removePrefix(tx *Tx, bucket, prefix []byte) (int, error) {
+func removePrefix(tx *Tx, bucket, prefix []byte) error {
 	var keys [][]byte
 	if err := scan(tx, bucket, prefix, func(k, _ []byte) error {
 		keys = append(keys, append([]byte(nil), k...))
 		return nil
 	}); err != nil {
-		return 0, err
+		return err
 	}
 	for _, k := range keys {
 		if err := tx.tx.Bucket(bucket).Delete(k); err != nil {
-			return 0, err
+			return err
 		}
 	}
-	return len(keys), nil
+	return nil
 }
 
 func hasPrefix(k, p []byte) bool { return len(k) >= len(p) && string(k[:len(p)]) == string(p) }

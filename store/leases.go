@@ -15,7 +15,7 @@ func (tx *Tx) PutPool(p Pool) error { return put(tx, bucketPools, []byte(p.ID), 
 
 // DeletePool removes a pool with its leases; an unknown one is no error.
 func (tx *Tx) DeletePool(id string) error {
-	if _, err := removePrefix(tx, bucketLeases, leaseKey(id, netip.Addr{})); err != nil {
+	if err := removePrefix(tx, bucketLeases, leaseKey(id, netip.Addr{})); err != nil {
 		return err
 	}
 	return tx.tx.Bucket(bucketPools).Delete([]byte(id))

@@ -108,7 +108,7 @@ func (tx *Tx) MergeNetworks(owner HostID, epoch, seq uint64, nets []SharedNetwor
 }
 
 func (tx *Tx) removePeerNetwork(owner HostID, v VNI) error {
-	if _, err := removePrefix(tx, bucketRemote, remoteKey(v, owner, "")); err != nil {
+	if err := removePrefix(tx, bucketRemote, remoteKey(v, owner, "")); err != nil {
 		return err
 	}
 	tx.touchRemote(v)

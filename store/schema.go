@@ -17,6 +17,7 @@ const Schema = 1
 var (
 	keySchema = []byte("schema")
 	keyEpoch  = []byte("epoch")
+	keyFound  = []byte("founded")
 )
 
 // prepareSchema makes the buckets of a new database or checks the version of an
@@ -55,6 +56,13 @@ func prepareSchema(tx *bbolt.Tx) (epoch uint64, err error) {
 	}
 	return epoch, nil
 }
+
+// Founded reports whether SetFounded was called on this database: if not, it is
+// new, or its first user was killed before he had put into it what he knew.
+func (tx *Tx) Founded() bool { return getUint(tx.tx, bucketMeta, keyFound) != 0 }
+
+// SetFounded says that the database holds what it has to begin with.
+func (tx *Tx) SetFounded() error { return putUint(tx.tx, bucketMeta, keyFound, 1) }
 
 // checkRecords decodes every record once.
 func checkRecords(b *bbolt.Tx) error {

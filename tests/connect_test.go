@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -236,7 +237,7 @@ func internalNetwork(t *testing.T, lab *hosts.Lab) {
 }
 
 // isolation tries, as a container that may change its own routes, to reach the
-// host and another network through the bridge.
+// hosts and another network through the bridge.
 func isolation(t *testing.T, lab *hosts.Lab) {
 	a, b := lab.Hosts[0], lab.Hosts[1]
 	createNetwork(t, lab, "other", 44, "--ipv6", "--subnet", "fd00:44::/64")
@@ -246,7 +247,7 @@ func isolation(t *testing.T, lab *hosts.Lab) {
 	reach(t, remote, "fd00:44::10")
 	tried := 0
 	for _, h := range []*hosts.Host{a, b} {
-		spy := run(t, h, "spy", "--network", "app", "--cap-add", "NET_ADMIN")
+		spy := run(t, h, "spy", "--network", "app")
 		others := []string{"10.44.1.10", "10.44.2.10", "fd00:44::10", "fd00:44::20"}
 		macs := []string{bridgeMAC(t, a, "app"), bridgeMAC(t, b, "app"), bridgeMAC(t, h, "other")}
 		tried += closed(t, spy, "app", lab, macs, others...)
@@ -265,8 +266,8 @@ func isolation(t *testing.T, lab *hosts.Lab) {
 	}
 }
 
-// closed tries to reach every host of the lab and more addresses from a container
-// that may change its own routes, by frames to the MAC addresses given. It returns
+// closed tries to reach every host of the lab and more addresses from a container,
+// as if it had changed its own routes, by frames to the MAC addresses given. It returns
 // how many ways it tried. What a host takes in silence counts as open too.
 func closed(t *testing.T, spy hosts.Container, network string, lab *hosts.Lab, macs []string, more ...string) int {
 	t.Helper()
@@ -280,14 +281,11 @@ func closed(t *testing.T, spy hosts.Container, network string, lab *hosts.Lab, m
 		all := append([]string{linkLocal(t, mac)}, ways...)
 		var set, try strings.Builder
 		for _, to := range all {
-			family := "-4"
-			if strings.Contains(to, ":") {
-				family = "-6"
-			}
-			fmt.Fprintf(&set, "ip %s neigh replace %s lladdr %s dev %s nud permanent; ip %s route replace %s dev %s; ", family, to, mac, link, family, to, link)
+			fmt.Fprintf(&set, "neigh replace %s lladdr %s dev %s nud permanent\nroute replace %s dev %s\n", to, mac, link, to, link)
 			fmt.Fprintf(&try, "(ping -c 2 -i 0.2 -W 1 -I %s %s >/dev/null 2>&1 && echo %s) & (echo hear me | nc -u -w 1 %s %d >/dev/null 2>&1) & ", link, to, to, to, earPort)
 		}
-		if open := command(t, spy, "sh", "-c", set.String()+try.String()+"wait"); open != "" {
+		ipBatch(t, netnsOf(t, spy), set.String())
+		if open := command(t, spy, "sh", "-c", try.String()+"wait"); open != "" {
 			t.Errorf("container %s on host %s reaches by frames to %s: %s", spy.Name, spy.Host.Name, mac, strings.Fields(open))
 		}
 	}
@@ -299,6 +297,16 @@ func closed(t *testing.T, spy hosts.Container, network string, lab *hosts.Lab, m
 		_ = ear.Close()
 	}
 	return len(macs) * (len(ways) + 1)
+}
+
+// ipBatch runs lines of the ip command in a network namespace.
+func ipBatch(t *testing.T, netns, lines string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "nsenter", "--net="+netns, "ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(lines)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("ip -batch: %v: %s\n%s", err, out, lines)
+	}
 }
 
 // earPort is where the hosts of a lab listen for what they must not hear.

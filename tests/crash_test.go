@@ -29,11 +29,10 @@ func TestCrashLosesNoPacket(t *testing.T) {
 	createNetwork(t, lab, "app", 32)
 	createNetwork(t, lab, "churn", 33, "--ipam-driver", hosts.PluginName)
 	probe, _, _ := probePair(t, lab, "app")
-	before := make([]hosts.Inventory, len(lab.Hosts))
-	for i, h := range lab.Hosts {
+	for _, h := range lab.Hosts {
 		clean(t, h)
-		before[i] = inventory(t, h)
 	}
+	before := inventories(t, lab.Hosts...)
 
 	churn := startChurn(t, lab, "churn")
 	t.Logf("seed %d", crashSeed)

@@ -115,8 +115,8 @@ func TestEveryStepCanBeTheLast(t *testing.T) {
 		if all[i].state, err = h.StateDir(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		all[i].before = inventory(t, h)
 	}
+	note(t, all)
 	alone, withPeer, others := split(t, steps)
 
 	// A host's first and last network, while there is no other.
@@ -142,8 +142,8 @@ func TestEveryStepCanBeTheLast(t *testing.T) {
 	}
 	for _, f := range all {
 		settled(t, f.host)
-		f.before = inventory(t, f.host)
 	}
+	note(t, all)
 	deal(all, others)
 	finish(t, all)
 	// What a peer must do comes last, when the peer has nothing of its own.
@@ -184,6 +184,18 @@ func deal(all []*failHost, steps []string) {
 		f := all[dealt[stage]%len(all)]
 		f.steps = append(f.steps, step)
 		dealt[stage]++
+	}
+}
+
+// note remembers what each host holds.
+func note(t *testing.T, all []*failHost) {
+	t.Helper()
+	var list []*hosts.Host
+	for _, f := range all {
+		list = append(list, f.host)
+	}
+	for i, inv := range inventories(t, list...) {
+		all[i].before = inv
 	}
 }
 

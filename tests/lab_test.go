@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -54,8 +56,24 @@ func pluginDir(t *testing.T, tags, version string) string {
 // tempDir holds what the tests build; TestMain removes it.
 var tempDir string
 
+// interrupted ends with Ctrl-C; labs then close themselves, and TestMain waits for
+// them.
+var (
+	interrupted context.Context
+	labs        sync.WaitGroup
+)
+
 func TestMain(m *testing.M) {
 	var err error
+	var stop context.CancelFunc
+	interrupted, stop = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	go func() {
+		<-interrupted.Done()
+		labs.Wait()
+		_ = os.RemoveAll(tempDir)
+		os.Exit(130)
+	}()
 	if tempDir, err = os.MkdirTemp("", "weft-tests-"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -90,10 +108,18 @@ func newLab(t *testing.T, n int, change func(i int, o *hosts.HostOptions)) *host
 		}
 		o.Hosts = append(o.Hosts, h)
 	}
-	lab, err := hosts.New(t.Context(), o)
+	// The lab outlives the test's context, which ends before its clean-up.
+	labs.Add(1)
+	lab, err := hosts.New(interrupted, o)
 	if err != nil {
+		labs.Done()
 		t.Fatal(err)
 	}
+	go func() {
+		<-interrupted.Done()
+		_ = lab.Close() // again, or wait for the one that runs
+		labs.Done()
+	}()
 	t.Cleanup(func() {
 		if t.Failed() {
 			for _, h := range lab.Hosts {

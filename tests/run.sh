@@ -49,7 +49,7 @@ demo)
 test | soak)
 	tests/engine.sh
 	export WEFT_TEST_MUST=root,docker,engine
-	limit=20m
+	limit=60m
 	if [ "$what" = soak ]; then
 		export WEFT_SOAK=1
 		limit=24h

@@ -38,8 +38,8 @@ type ruler struct {
 	mu      sync.Mutex // guards what follows
 	backend string     // "" before the first detection
 	checked backendCheck
-	// seen is the text of our rules at the last Read, for Watch to compare.
-	seen string
+	// seen are our rules at the last Read, for Watch to compare.
+	seen dataplane.Plan
 	// noV6 holds v6 objects that were put on a host whose kernel has IPv6
 	// off. There is nothing to guard there, so they count as done.
 	noV6 dataplane.Plan
@@ -196,7 +196,7 @@ func (r *ruler) read(ctx context.Context, p dataplane.Plan) error {
 	if err != nil {
 		return err
 	}
-	r.seen = rules.String()
+	r.seen = rules
 	maps.Copy(p, rules)
 	if r.ipv6Off() {
 		maps.Copy(p, r.noV6)
@@ -223,15 +223,17 @@ func (r *ruler) readLocked(ctx context.Context) (dataplane.Plan, error) {
 	return p, nil
 }
 
-// changed returns the text of our rules if it is not what Read saw last, else "".
-func (r *ruler) changed(ctx context.Context) (string, error) {
+// changed returns our rules if they are not what Read saw last, else nil. The
+// objects are compared, and not their text, which does not tell the rules of a
+// chain that was read.
+func (r *ruler) changed(ctx context.Context) (dataplane.Plan, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	p, err := r.readLocked(ctx)
-	if err != nil || p.String() == r.seen {
-		return "", err
+	if err != nil || maps.Equal(p, r.seen) {
+		return nil, err
 	}
-	return p.String(), nil
+	return p, nil
 }
 
 // saveLocked returns the rules of a backend.

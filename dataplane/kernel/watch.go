@@ -3,6 +3,7 @@ package kernel
 import (
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"runtime"
 	"strings"
@@ -10,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/store"
 )
 
@@ -311,7 +313,7 @@ func (w *watch) pollLegacy(ctx context.Context) {
 	}
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
-	told := ""
+	var told dataplane.Plan
 	for {
 		select {
 		case <-ctx.Done():
@@ -325,7 +327,7 @@ func (w *watch) pollLegacy(ctx context.Context) {
 		if err != nil {
 			continue // the next Read tells why
 		}
-		if now != "" && now != told {
+		if now != nil && !maps.Equal(now, told) {
 			w.send(store.HostVNI)
 		}
 		told = now

@@ -23,7 +23,7 @@ done
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/docker /run/lock
 mount --bind "$dir/run" /run/docker
-# The machine's own Docker settings are not ours, nor is its key.
+# The machine's own Docker settings and key are not ours (sweep.go: covered).
 for own in /etc/docker /opt/containerd; do
 	[ ! -d "$own" ] || mount -t tmpfs tmpfs "$own"
 done

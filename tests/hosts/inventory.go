@@ -48,7 +48,8 @@ func (h *Host) TakeInventory(ctx context.Context) (Inventory, error) {
 		return nil, err
 	}
 	slices.Sort(mounts)
-	inv["mount"] = mounts
+	// Another lab that ends may take the covered folders away.
+	inv["mount"] = slices.DeleteFunc(mounts, func(m string) bool { return slices.Contains(covered(), m) })
 	if pid, err := h.PluginPID(ctx, ""); err == nil {
 		inv["plugin file"] = openFiles(pid)
 	}

@@ -118,7 +118,7 @@ func (l *Lab) claim() error {
 			return err
 		}
 		l.Name, l.Dir = name, filepath.Join(root, name)
-		return writeOwner(l.Dir)
+		return errors.Join(writeOwner(l.Dir), makeCovered(l.Dir))
 	}
 }
 

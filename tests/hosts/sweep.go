@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -58,6 +59,35 @@ func writeOwner(dir string) error {
 		return err
 	}
 	return os.WriteFile(filepath.Join(dir, "owner"), []byte(start), 0o644)
+}
+
+// covered are the folders outside the lab that dockerd and containerd write to;
+// host.sh covers them, so they must exist.
+func covered() []string { return []string{"/etc/docker", "/opt/containerd"} }
+
+// makeCovered makes those that are missing and notes them in the lab's folder.
+func makeCovered(dir string) error {
+	var made []string
+	for _, d := range covered() {
+		if exists(d) {
+			continue
+		}
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return err
+		}
+		made = append(made, d)
+	}
+	return os.WriteFile(filepath.Join(dir, "made"), []byte(strings.Join(made, "\n")), 0o644)
+}
+
+// removeCovered removes what makeCovered made, if nobody has used it since.
+func removeCovered(dir string) {
+	raw, _ := os.ReadFile(filepath.Join(dir, "made"))
+	for _, d := range covered() {
+		if slices.Contains(strings.Split(string(raw), "\n"), d) {
+			_ = os.Remove(d)
+		}
+	}
 }
 
 func ownerAlive(name string, pid int) bool {
@@ -115,6 +145,7 @@ func removeLab(ctx context.Context, name string) error {
 	if mounts, err := mountsUnder("self", dir); err != nil || len(mounts) > 0 {
 		return errors.Join(append(errs, err, fmt.Errorf("lab %s: still mounted, left alone: %v", name, mounts))...)
 	}
+	removeCovered(dir)
 	errs = append(errs, os.RemoveAll(dir))
 	_ = os.Remove(root) // succeeds with the last lab
 	return errors.Join(errs...)

@@ -83,49 +83,51 @@ func (u *Underlay) Unplug(ctx context.Context, h *Host) error {
 }
 
 // Partition splits the hosts: those named in one group reach each other and
-// nobody else. A host in no group stays with the default gateway.
+// nobody else. Packets inside a group are not touched, and links stay up. A host in
+// no group reaches all.
 func (u *Underlay) Partition(ctx context.Context, groups ...[]*Host) error {
-	var b strings.Builder
-	for i, g := range groups {
-		bridge := "cable" + strconv.Itoa(i+1)
-		fmt.Fprintf(&b, "link add %s type bridge\nlink set %s up\n", bridge, bridge)
-		for _, h := range g {
-			fmt.Fprintf(&b, "link set %s master %s\n", port(h), bridge)
-		}
-	}
-	return u.script(ctx, b.String())
-}
-
-// Heal undoes Cut, Unplug and Partition for all the hosts given.
-func (u *Underlay) Heal(ctx context.Context, hosts ...*Host) error {
-	var b strings.Builder
-	for _, h := range hosts {
-		// Leaving a bridge and joining one also resets the port's state.
-		fmt.Fprintf(&b, "link set %s nomaster\nlink set %s master %s up\n", port(h), port(h), mainBridge)
-	}
-	if err := u.script(ctx, b.String()); err != nil {
-		return err
-	}
-	out, err := run(ctx, nil, "ip", "-n", u.Namespace, "-o", "link", "show", "type", "bridge")
-	if err != nil {
-		return err
-	}
-	for line := range strings.Lines(out) {
-		name := strings.TrimSuffix(strings.Fields(line)[1], ":")
-		if name == mainBridge {
-			continue
-		}
-		ports, err := run(ctx, nil, "ip", "-n", u.Namespace, "-o", "link", "show", "master", name)
-		if err != nil {
-			return err
-		}
-		if ports == "" {
-			if err := u.script(ctx, "link del "+name+"\n"); err != nil {
-				return err
+	for i, from := range groups {
+		for j, to := range groups {
+			for _, a := range from {
+				for _, b := range to {
+					if i == j {
+						continue
+					}
+					// br_netfilter shows bridged packets to iptables; it is on in
+					// every new namespace.
+					for _, program := range []string{"iptables", "ip6tables"} {
+						if _, err := run(ctx, nil, "ip", "netns", "exec", u.Namespace, program, "-w", "-A", "FORWARD",
+							"-m", "physdev", "--physdev-in", port(a), "--physdev-out", port(b), "-j", "DROP"); err != nil {
+							return err
+						}
+					}
+				}
 			}
 		}
 	}
 	return nil
+}
+
+// Heal undoes every Partition, and Cut and Unplug for the hosts given.
+func (u *Underlay) Heal(ctx context.Context, hosts ...*Host) error {
+	for _, program := range []string{"iptables", "ip6tables"} {
+		if _, err := run(ctx, nil, "ip", "netns", "exec", u.Namespace, program, "-w", "-F", "FORWARD"); err != nil {
+			return err
+		}
+	}
+	var b strings.Builder
+	for _, h := range hosts {
+		out, err := run(ctx, nil, "bridge", "-n", u.Namespace, "-d", "link", "show", "dev", port(h))
+		if err != nil {
+			return err
+		}
+		if strings.Contains(out, "state forwarding") {
+			continue // leaving the bridge would lose packets
+		}
+		// Leaving the bridge and joining it again resets the port's state.
+		fmt.Fprintf(&b, "link set %s nomaster\nlink set %s master %s up\n", port(h), port(h), mainBridge)
+	}
+	return u.script(ctx, b.String())
 }
 
 // Capture is a running tcpdump on a host's cable.
