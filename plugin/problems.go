@@ -118,7 +118,7 @@ func problems(v view) []problem {
 	}
 	out = append(out, v.clusterProblems()...)
 	if v.status.IPTables == "legacy" && !v.xtablesShared {
-		add("docker plugin disable -f weft:latest && docker plugin set weft:latest xtables.source=/run/xtables.lock && docker plugin enable weft:latest",
+		add("echo 'f /run/xtables.lock 0600' > /etc/tmpfiles.d/xtables.conf && systemd-tmpfiles --create && docker plugin disable -f weft:latest && docker plugin set weft:latest xtables.source=/run/xtables.lock && docker plugin enable weft:latest",
 			"iptables is legacy, and its lock is not shared with the host: rules that Docker and Weft write at the same moment can get lost")
 	}
 	return out

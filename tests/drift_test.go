@@ -96,9 +96,9 @@ var counter = regexp.MustCompile(`\[\d+:\d+\] ?`)
 
 // What the plugin keeps on a host, by part; %B is the bridge, %I the backend.
 var keptParts = map[string]string{
-	"rules":   "iptables-%I-save | grep -i weft",
-	"rules6":  "ip6tables-%I-save | grep -i weft",
-	"sets":    "ipset save | grep weft",
+	"rules":  "iptables-%I-save | grep -i weft",
+	"rules6": "ip6tables-%I-save | grep -i weft",
+	"sets":   "ipset save | grep weft",
 	// Without the multicast groups that the kernel joins as it likes.
 	"entries": "bridge fdb show | grep weft | grep -v ^33:33: | grep -v ^01:00:5e:; ip neighbour show nud permanent | grep weft",
 	"links": `cd /sys/class/net; for l in weft*; do

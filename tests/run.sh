@@ -58,7 +58,8 @@ test | soak)
 	go vet ./...
 	# The scenarios start dockerds and would disturb each other's times; the rest
 	# runs first, two packages at a time.
-	go test -timeout "$limit" $(go list ./... | grep -v '/tests$')
+	mapfile -t packages < <(go list ./... | grep -v '/tests$')
+	go test -timeout "$limit" "${packages[@]}"
 	exec go test -timeout "$limit" -v ./tests
 	;;
 bench)
