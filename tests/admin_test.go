@@ -66,7 +66,7 @@ func askAt(ctx context.Context, socket, method, path string, body any) ([]byte, 
 // served waits until a plugin process other than old serves calls from its
 // records, and returns how long that took.
 func served(ctx context.Context, h *hosts.Host, old int) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
 	defer cancel()
 	start := time.Now()
 	if _, err := h.WaitPlugin(ctx, old); err != nil {

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -266,10 +267,21 @@ func isolation(t *testing.T, lab *hosts.Lab) {
 	}
 }
 
-// closed tries to reach every host of the lab and more addresses from a container,
-// as if it had changed its own routes, by frames to the MAC addresses given. It returns
-// how many ways it tried. What a host takes in silence counts as open too.
+// closed fails the test if openWays finds any. It returns how many it tried.
 func closed(t *testing.T, spy hosts.Container, network string, lab *hosts.Lab, macs []string, more ...string) int {
+	t.Helper()
+	open, tried := openWays(t, spy, network, lab, macs, more...)
+	for _, way := range open {
+		t.Errorf("container %s on host %s: %s", spy.Name, spy.Host.Name, way)
+	}
+	return tried
+}
+
+// openWays tries to reach every host of the lab and more addresses from a container,
+// as if it had changed its own routes, by frames to the MAC addresses given. It
+// returns what is open, and how many ways it tried. What a host takes in silence
+// counts as open too.
+func openWays(t *testing.T, spy hosts.Container, network string, lab *hosts.Lab, macs []string, more ...string) (open []string, tried int) {
 	t.Helper()
 	link := interfaceOf(t, spy, addressOf(t, spy, network).String())
 	ways := more
@@ -282,21 +294,32 @@ func closed(t *testing.T, spy hosts.Container, network string, lab *hosts.Lab, m
 		var set, try strings.Builder
 		for _, to := range all {
 			fmt.Fprintf(&set, "neigh replace %s lladdr %s dev %s nud permanent\nroute replace %s dev %s\n", to, mac, link, to, link)
-			fmt.Fprintf(&try, "(ping -c 2 -i 0.2 -W 1 -I %s %s >/dev/null 2>&1 && echo %s) & (echo hear me | nc -u -w 1 %s %d >/dev/null 2>&1) & ", link, to, to, to, earPort)
+			fmt.Fprintf(&try, "(ping -c 2 -i 0.2 -W 1 -I %s %s >/dev/null 2>&1 && echo %s) & ", link, to, to)
 		}
 		ipBatch(t, netnsOf(t, spy), set.String())
-		if open := command(t, spy, "sh", "-c", try.String()+"wait"); open != "" {
-			t.Errorf("container %s on host %s reaches by frames to %s: %s", spy.Name, spy.Host.Name, mac, strings.Fields(open))
+		err := inside(t, spy, func() error {
+			for _, to := range all {
+				if err := say(to, link); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for to := range strings.FieldsSeq(command(t, spy, "sh", "-c", try.String()+"wait")) {
+			open = append(open, to+" answers frames to "+mac)
 		}
 	}
 	for name, ear := range ears {
 		_ = ear.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
 		if _, from, err := ear.ReadFrom(make([]byte, 100)); err == nil {
-			t.Errorf("host %s took a packet of %s from a container", name, from)
+			open = append(open, fmt.Sprintf("host %s takes a packet of %s", name, from))
 		}
 		_ = ear.Close()
 	}
-	return len(macs) * (len(ways) + 1)
+	return open, len(macs) * (len(ways) + 1)
 }
 
 // ipBatch runs lines of the ip command in a network namespace.
@@ -307,6 +330,20 @@ func ipBatch(t *testing.T, netns, lines string) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("ip -batch: %v: %s\n%s", err, out, lines)
 	}
+}
+
+// say sends a UDP packet to earPort.
+func say(to, link string) error {
+	if strings.HasPrefix(to, "fe80") {
+		to += "%" + link
+	}
+	conn, err := net.Dial("udp", net.JoinHostPort(to, strconv.Itoa(earPort)))
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	_, err = conn.Write([]byte("hear me"))
+	return err
 }
 
 // earPort is where the hosts of a lab listen for what they must not hear.

@@ -38,6 +38,7 @@ func (r *ruler) apply(ctx context.Context, ops []dataplane.Op) []error {
 	if err := r.detectLocked(ctx); err != nil {
 		return fill(errs, err)
 	}
+	r.seen = nil
 	for _, v6 := range []bool{false, true} {
 		var family []int // the ops of this family
 		for i, op := range ops {

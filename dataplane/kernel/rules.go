@@ -38,7 +38,8 @@ type ruler struct {
 	mu      sync.Mutex // guards what follows
 	backend string     // "" before the first detection
 	checked backendCheck
-	// seen are our rules at the last Read, for Watch to compare.
+	// seen are our rules at the last look, of Read or of Watch; nil after they
+	// were changed by us. Watch tells what differs.
 	seen dataplane.Plan
 	// noV6 holds v6 objects that were put on a host whose kernel has IPv6
 	// off. There is nothing to guard there, so they count as done.
@@ -223,17 +224,18 @@ func (r *ruler) readLocked(ctx context.Context) (dataplane.Plan, error) {
 	return p, nil
 }
 
-// changed returns our rules if they are not what Read saw last, else nil. The
-// objects are compared, and not their text, which does not tell the rules of a
-// chain that was read.
-func (r *ruler) changed(ctx context.Context) (dataplane.Plan, error) {
+// changed reports whether our rules are others than at the last look. The objects
+// are compared, and not their text, which does not tell the rules of a chain that
+// was read.
+func (r *ruler) changed(ctx context.Context) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	p, err := r.readLocked(ctx)
-	if err != nil || maps.Equal(p, r.seen) {
-		return nil, err
+	if err != nil || r.seen != nil && maps.Equal(p, r.seen) {
+		return false, err
 	}
-	return p, nil
+	r.seen = p
+	return true, nil
 }
 
 // saveLocked returns the rules of a backend.

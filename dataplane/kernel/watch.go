@@ -3,7 +3,6 @@ package kernel
 import (
 	"context"
 	"errors"
-	"maps"
 	"os"
 	"runtime"
 	"strings"
@@ -11,7 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/store"
 )
 
@@ -300,7 +298,7 @@ func ruleEvent(m message) []store.VNI {
 }
 
 // pollLegacy compares the rules of the legacy backend, while it is in use, with
-// what Read saw last.
+// what was there at the last look.
 func (w *watch) pollLegacy(ctx context.Context) {
 	// A program that is started inherits the namespace of this thread, which
 	// is never given back. In production all threads share one.
@@ -313,7 +311,6 @@ func (w *watch) pollLegacy(ctx context.Context) {
 	}
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
-	var told dataplane.Plan
 	for {
 		select {
 		case <-ctx.Done():
@@ -323,14 +320,9 @@ func (w *watch) pollLegacy(ctx context.Context) {
 		if w.k.rules.name() != legacy {
 			continue
 		}
-		now, err := w.k.rules.changed(ctx)
-		if err != nil {
-			continue // the next Read tells why
-		}
-		if now != nil && !maps.Equal(now, told) {
+		if changed, err := w.k.rules.changed(ctx); err == nil && changed { // of an error the next Read tells
 			w.send(store.HostVNI)
 		}
-		told = now
 	}
 }
 
