@@ -149,7 +149,7 @@ func New(cfg Config) (*Cluster, error) {
 		}
 		c.join = append(c.join, t)
 	}
-	c.queue = &memberlist.TransmitLimitedQueue{NumNodes: c.table.size, RetransmitMult: 4}
+	c.queue = newQueue(c.table.size)
 	return c, nil
 }
 

@@ -169,6 +169,28 @@ func TestDigestRoundTrip(t *testing.T) {
 	}
 }
 
+func TestQueueSendsEveryDigest(t *testing.T) {
+	q := newQueue(func() int { return 2 })
+	const overhead, limit = 3, 1400
+	host := func(c string) store.HostID { return store.HostID(strings.Repeat(c, 2*hostIDBytes)) }
+	sent := map[string]int{}
+	// The first is alone in the queue when its successor takes its place.
+	all := []digest{{Host: host("a"), Seq: 1}, {Host: host("a"), Seq: 2}, {Host: host("b"), Seq: 1}, {Host: host("c"), Seq: 1}}
+	for _, d := range all {
+		q.QueueBroadcast(newBroadcast(d))
+	}
+	for range 10 {
+		for _, m := range q.GetBroadcasts(overhead, limit) {
+			sent[string(m)]++
+		}
+	}
+	for _, d := range all[1:] {
+		if n := sent[string(d.encode())]; n != 4 {
+			t.Errorf("%+v was sent %d times, want 4", d, n)
+		}
+	}
+}
+
 func TestStateRoundTrip(t *testing.T) {
 	a := claims{epoch: 5, seq: map[store.VNI]uint64{0: 3, 4096: 1 << 40, store.MaxVNI: 0}}
 	b := claims{epoch: 6, seq: map[store.VNI]uint64{0: 1}}

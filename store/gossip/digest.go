@@ -31,6 +31,7 @@ const (
 	maxNetworks  = 8192    // of one host
 	maxMembers   = 8192    // hosts in one cluster
 	maxBroadcast = 8192    // digests that wait to be sent
+	maxPacket    = 1 << 16 // bytes, more than any packet of gossip
 )
 
 // Errors by which dropped messages are counted.
@@ -165,3 +166,16 @@ func (b *broadcast) Finished() {}
 
 // Invalidates implements memberlist.Broadcast; the queue compares Name itself.
 func (b *broadcast) Invalidates(memberlist.Broadcast) bool { return false }
+
+// newQueue returns a queue that keeps digests until each was sent to about
+// 4·log10(hosts) members.
+//
+// memberlist numbers its entries from one again when its queue becomes empty, also
+// in the midst of replacing the only entry. Two entries then have one number, and if
+// they have one length too, as digests do, one takes the other's place unsent. So
+// the queue is never empty.
+func newQueue(hosts func() int) *memberlist.TransmitLimitedQueue {
+	q := &memberlist.TransmitLimitedQueue{NumNodes: hosts, RetransmitMult: 4}
+	q.QueueBroadcast(&broadcast{name: "never sent", msg: make([]byte, maxPacket)})
+	return q
+}
