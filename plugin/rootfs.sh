@@ -11,6 +11,9 @@ set -eu
 dest=$1
 weft=$2
 [ ! -e "$dest" ] || { echo "rootfs.sh: $dest exists; remove it first" >&2; exit 1; }
+for multi in /usr/sbin/xtables-nft-multi /usr/sbin/xtables-legacy-multi; do
+	[ -e "$multi" ] || { echo "rootfs.sh: no $multi; install the package iptables" >&2; exit 1; }
+done
 
 # take PATH: copy the file behind PATH to the same place in DEST, where / and
 # /usr are one tree.
