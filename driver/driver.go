@@ -17,7 +17,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"reflect"
-	"slices"
 	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
@@ -168,14 +167,14 @@ func chooseVNI(tx *store.Tx, n *store.Network, foreign []VXLAN, port uint16) err
 	if n.VNI != 0 {
 		return checkVNI(tx, *n, foreign, port)
 	}
-	alike, err := sameElsewhere(tx, *n)
+	alike, err := tx.Alike(*n)
 	if err != nil {
 		return err
 	}
 	for i := 0; ; i++ {
 		try := *n
 		if i < len(alike) {
-			try.VNI = alike[i]
+			try.VNI = alike[i].VNI
 		} else if try.VNI = store.FirstVNI + store.VNI(i-len(alike)); try.VNI > store.MaxVNI {
 			return errors.New("all VNIs are taken on this host")
 		}
@@ -188,30 +187,6 @@ func chooseVNI(tx *store.Tx, n *store.Network, foreign []VXLAN, port uint16) err
 			return err
 		}
 	}
-}
-
-// sameElsewhere returns the VNIs, lowest first, under which peers run a network
-// with n's subnets: the lowest free VNI of two hosts may differ.
-func sameElsewhere(tx *store.Tx, n store.Network) ([]store.VNI, error) {
-	peers, err := tx.Peers()
-	if err != nil {
-		return nil, err
-	}
-	var out []store.VNI
-	for _, p := range peers {
-		nets, err := tx.PeerNetworks(p.ID)
-		if err != nil {
-			return nil, err
-		}
-		for _, o := range nets {
-			try := n
-			if try.VNI = o.VNI; o.Agrees(try.Shared()) {
-				out = append(out, o.VNI)
-			}
-		}
-	}
-	slices.Sort(out)
-	return slices.Compact(out), nil
 }
 
 // clashError says who has a VNI.

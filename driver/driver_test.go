@@ -250,6 +250,7 @@ func TestRefused(t *testing.T) {
 		{"endpoint", createEp(netA, epB, "10.50.0.9"), "prefix length"},
 		{"endpoint", createEp(netA, epB, "10.51.0.9/24"), "outside the subnets"},
 		{"endpoint", createEp(netA, epB, "10.50.0.0/24"), "subnet itself"},
+		{"endpoint", createEp(netA, epB, "10.50.0.255/24"), "broadcast"},
 		{"endpoint", createEp(netA, epB, "fd00::1/64"), "family"},
 		{"endpoint", createEp(netA, epB, "10.50.0.2/24"), "on this host"},
 		{"endpoint", createEp(netA, epB, "10.50.0.7/24"), "lives on host beta"},
@@ -310,6 +311,22 @@ func addRemote(t testing.TB, d *Driver, name string, v store.VNI, pool, address 
 		return err
 	})
 	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAddressMovesFromAnotherHost(t *testing.T) {
+	d, _ := newDriver(t)
+	mustNet(t, d, createNet(netA, "10.50.0.0/24", ""))
+	addRemote(t, d, "beta", 4096, "10.50.0.0/24", "10.50.0.7", store.MAC{2, 0, 0, 0, 0, 0x77})
+	gone := time.AfterFunc(200*time.Millisecond, func() {
+		_ = d.DB.Update(context.Background(), func(tx *store.Tx) error {
+			_, err := tx.MergeEndpoints("host-beta", 1, store.Delta{VNI: 4096, Epoch: 5, Seq: 2, Endpoints: []store.SharedEndpoint{{ID: "remote", Seq: 2, Gone: true}}})
+			return err
+		})
+	})
+	defer gone.Stop()
+	if _, err := d.CreateEndpoint(t.Context(), decode[network.CreateEndpointRequest](t, createEp(netA, epA, "10.50.0.7/24"))); err != nil {
 		t.Fatal(err)
 	}
 }

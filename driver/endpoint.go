@@ -14,7 +14,12 @@ import (
 // CreateEndpoint records an endpoint and makes its link. The answer holds the MAC
 // if Docker gave none.
 func (d *Driver) CreateEndpoint(ctx context.Context, r network.CreateEndpointRequest) (network.CreateEndpointResponse, error) {
-	e, made, err := d.addEndpoint(ctx, r)
+	var e store.Endpoint
+	var made bool
+	err := store.AwaitPeers(ctx, func() (err error) {
+		e, made, err = d.addEndpoint(ctx, r)
+		return err
+	})
 	if err != nil {
 		return network.CreateEndpointResponse{}, fmt.Errorf("create endpoint: %w", err)
 	}
@@ -104,11 +109,11 @@ func checkUnique(tx *store.Tx, n store.Network, e store.Endpoint) error {
 		}
 		switch {
 		case e.IPv4.IsValid() && o.IPv4 == e.IPv4.Addr():
-			return fmt.Errorf("address %s lives on host %s; choose another, or give each host its own --ip-range", o.IPv4, hostName(tx, o.Owner))
+			return &store.ElsewhereError{Reason: fmt.Sprintf("address %s lives on host %s; choose another, or give each host its own --ip-range", o.IPv4, hostName(tx, o.Owner))}
 		case e.IPv6.IsValid() && o.IPv6 == e.IPv6.Addr():
-			return fmt.Errorf("address %s lives on host %s; choose another, or give each host its own --ip-range", o.IPv6, hostName(tx, o.Owner))
+			return &store.ElsewhereError{Reason: fmt.Sprintf("address %s lives on host %s; choose another, or give each host its own --ip-range", o.IPv6, hostName(tx, o.Owner))}
 		case o.MAC == e.MAC:
-			return fmt.Errorf("MAC address %s lives on host %s; choose another --mac-address", e.MAC, hostName(tx, o.Owner))
+			return &store.ElsewhereError{Reason: fmt.Sprintf("MAC address %s lives on host %s; choose another --mac-address", e.MAC, hostName(tx, o.Owner))}
 		}
 	}
 	return nil

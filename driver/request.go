@@ -208,6 +208,9 @@ func parseAddress(field, text string, n store.Network, v6 bool) (netip.Prefix, e
 			if p.Addr() == s.Pool.Addr() && s.Pool.Bits() < s.Pool.Addr().BitLen()-1 {
 				return p, fmt.Errorf("%s: %s is the address of the subnet itself", field, p.Addr())
 			}
+			if p.Addr().Is4() && s.Pool.Bits() < 31 && !s.Pool.Contains(p.Addr().Next()) {
+				return p, fmt.Errorf("%s: %s is the broadcast address of subnet %s", field, p.Addr(), s.Pool)
+			}
 			return p, nil
 		}
 	}

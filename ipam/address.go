@@ -85,7 +85,7 @@ func (i *IPAM) RequestAddress(ctx context.Context, r api.RequestAddressRequest) 
 	}
 	var l store.Lease
 	again := false // the pool was made again
-	err = i.update(ctx, "RequestAddress", func(tx *store.Tx) (func(), error) {
+	write := func(tx *store.Tx) (func(), error) {
 		c, err := i.choose(tx, q)
 		if err != nil {
 			return nil, err
@@ -108,7 +108,8 @@ func (i *IPAM) RequestAddress(ctx context.Context, r api.RequestAddressRequest) 
 			c.book.taken = c.book.taken.add(l.Address)
 			i.books[c.pool.ID] = c.book
 		}, tx.PutLease(l)
-	})
+	}
+	err = store.AwaitPeers(ctx, func() error { return i.update(ctx, "RequestAddress", write) })
 	if err != nil {
 		return api.RequestAddressResponse{}, fmt.Errorf("request address of pool %s: %w", q.pool.ID, err)
 	}
@@ -213,10 +214,14 @@ func (c *choice) given(tx *store.Tx, q addressRequest, h holders) error {
 	case taken && who == "":
 		who = "a lease since " + old.Taken.Format("2006-01-02 15:04:05 MST")
 	}
-	if who != "" {
-		return fmt.Errorf("address %s is taken by %s; choose another", q.addr, who)
+	if who == "" {
+		return nil
 	}
-	return nil
+	reason := fmt.Sprintf("address %s is taken by %s; choose another", q.addr, who)
+	if _, elsewhere := h.peer(q.addr); elsewhere {
+		return &store.ElsewhereError{Reason: reason}
+	}
+	return errors.New(reason)
 }
 
 // gateway returns the gateway that the pool has, or chooses the first address of

@@ -161,6 +161,15 @@ func (s *services) networks() ([]networkReply, error) {
 					r.Disagree = append(r.Disagree, fmt.Sprintf("%s (%s %v)", name, run.Mode, run.Prefixes))
 				}
 			}
+			alike, err := tx.Alike(n)
+			if err != nil {
+				return err
+			}
+			for _, o := range alike {
+				if o.VNI != n.VNI {
+					r.Alike = append(r.Alike, fmt.Sprintf("network %d on host %s", o.VNI, peerName(tx, o.Owner)))
+				}
+			}
 			out = append(out, r)
 		}
 		return nil

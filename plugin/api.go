@@ -72,6 +72,7 @@ type networkReply struct {
 	Remote       int                     `json:"remote"`
 	Peers        []string                `json:"peers"`              // names of hosts that run it
 	Disagree     []string                `json:"disagree,omitempty"` // hosts that run the VNI with other subnets
+	Alike        []string                `json:"alike,omitempty"`    // networks of hosts with the same subnets and another VNI
 	Status       dataplane.NetworkStatus `json:"status"`
 }
 

@@ -44,8 +44,9 @@ func (p *process) status() (statusReply, error) {
 		return s, err
 	}
 	_, clusterErr := svc.cluster.get()
+	heard := svc.cluster.stats()
 	s.Problems = append(s.Problems, problems(view{
-		status: s, networks: nets, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: svc.cluster.stats().Twin,
+		status: s, networks: nets, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"],
 		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), xtablesShared: !isDevice(xtablesLock),
 	})...)
 	return s, nil
@@ -68,6 +69,7 @@ type view struct {
 	passes        []dataplane.NetworkStatus
 	clusterErr    error
 	twin          string // address of another process with this host's identity
+	otherKey      uint64 // messages that this host's cluster key does not open
 	noUnderlay    string // why
 	addressSet    bool   // WEFT_ADDRESS
 	xtablesShared bool
@@ -116,6 +118,12 @@ func problems(v view) []problem {
 			add("give both the same subnets, or one of them another vni", "network %d has subnets %v here, but others on host %s: they are not connected", n.VNI, n.Prefixes(), d)
 		}
 	}
+	for _, n := range v.networks {
+		if len(n.Alike) > 0 && len(n.Peers) == 0 {
+			out = append(out, problem{Advice: true, Text: fmt.Sprintf("network %d has the same subnets as %s: they are not connected", n.VNI, strings.Join(n.Alike, ", ")),
+				Remedy: "if they are meant to be one, remove one of them and create it again with the other's number: -o vni=NUMBER"})
+		}
+	}
 	out = append(out, v.clusterProblems()...)
 	if v.status.IPTables == "legacy" && !v.xtablesShared {
 		add("echo 'f /run/xtables.lock 0600' > /etc/tmpfiles.d/xtables.conf && systemd-tmpfiles --create && docker plugin disable -f weft:latest && docker plugin set weft:latest xtables.source=/run/xtables.lock && docker plugin enable weft:latest",
@@ -138,6 +146,9 @@ func (v view) clusterProblems() (out []problem) {
 	for _, p := range v.peers {
 		if !p.Alive {
 			text := fmt.Sprintf("%s (%s) since %s", p.Name, p.Address, clock(p.DeadSince))
+			if p.DeadSince.IsZero() {
+				text = fmt.Sprintf("%s (%s), not heard since this plugin started", p.Name, p.Address)
+			}
 			if p.Hidden {
 				text += ", its endpoints are hidden"
 			}
@@ -148,6 +159,9 @@ func (v view) clusterProblems() (out []problem) {
 	}
 	if len(silent) > 0 {
 		add("look whether the hosts, their plugins and the gossip port (TCP and UDP) are reachable", "silent hosts: %s", strings.Join(silent, "; "))
+	}
+	if v.otherKey > 0 && (len(silent) > 0 || len(v.peers) == 0) {
+		add("set the same WEFT_KEY_FILE or WEFT_KEY on all hosts", "messages under another cluster key, or none, are refused: %d since this plugin started", v.otherKey)
 	}
 	if len(v.status.Join) > 0 && v.clusterErr == nil && len(v.peers) == 0 {
 		add("look whether the gossip port (TCP and UDP) is open between the hosts, and whether all have the same WEFT_KEY", "no other host was ever heard (WEFT_JOIN=%s)", strings.Join(v.status.Join, ","))

@@ -43,11 +43,16 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"other subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Disagree: []string{"beta (vxlan [10.9.0.0/16])"}}}
 		}, "others on host beta (vxlan [10.9.0.0/16]): they are not connected", false},
+		{"same subnets", func(v *view) {
+			v.networks = []networkReply{{Network: store.Network{VNI: 4098}, Alike: []string{"network 4097 on host beta"}}}
+		}, "network 4098 has the same subnets as network 4097 on host beta: they are not connected", true},
 		{"gossip down", func(v *view) { v.clusterErr = errors.New("port 4796 is taken") }, "other hosts are not heard: port 4796 is taken", false},
 		{"twin", func(v *view) { v.twin = "192.0.2.7" }, "host 192.0.2.7 has the same identity", false},
 		{"nobody heard", func(v *view) { v.status.Join = []string{"a:1"} }, "no other host was ever heard (WEFT_JOIN=a:1)", false},
 		{"silent peer", func(v *view) { v.peers = peer(func(p *peerReply) { p.Alive, p.Hidden, p.DeadSince = false, true, at }) },
 			"silent hosts: beta (192.0.2.2) since 2026-11-24 12:00:00 UTC, its endpoints are hidden", false},
+		{"silent since the start", func(v *view) { v.peers = peer(func(p *peerReply) { p.Alive = false }) }, "beta (192.0.2.2), not heard since this plugin started", false},
+		{"other key", func(v *view) { v.otherKey = 3 }, "set the same WEFT_KEY_FILE or WEFT_KEY", false},
 		{"unread peer", func(v *view) { v.peers = peer(func(p *peerReply) { p.LastErr = "no route to host" }) }, "records of host beta (192.0.2.2) cannot be fetched: no route to host", false},
 		{"no key", func(v *view) {
 			v.status.Join, v.status.Encrypted, v.peers = []string{"a:1"}, false, peer(func(*peerReply) {})

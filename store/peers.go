@@ -1,9 +1,11 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 )
 
 // PeerNetwork is a network as a peer runs it, with the version of the peer's
@@ -179,4 +181,51 @@ func (tx *Tx) RunBy(v VNI) ([]PeerNetwork, error) {
 		return nil, err
 	}
 	return slices.DeleteFunc(all, func(n PeerNetwork) bool { return n.VNI != v }), nil
+}
+
+// Alike returns the networks of peers that have n's mode and subnets, whatever
+// their VNI, sorted by it.
+func (tx *Tx) Alike(n Network) ([]PeerNetwork, error) {
+	all, err := list[PeerNetwork](tx, bucketPeerNets, nil)
+	if err != nil {
+		return nil, err
+	}
+	shared := n.Shared()
+	all = slices.DeleteFunc(all, func(o PeerNetwork) bool {
+		shared.VNI = o.VNI
+		return !o.Agrees(shared)
+	})
+	slices.SortStableFunc(all, func(a, b PeerNetwork) int { return int(a.VNI) - int(b.VNI) })
+	return all, nil
+}
+
+// ElsewhereError refuses what a peer has, as far as we hold its records.
+type ElsewhereError struct{ Reason string }
+
+// Error implements error.
+func (e *ElsewhereError) Error() string { return e.Reason }
+
+// Times of AwaitPeers. A change on a peer is known here after some 300 ms.
+const (
+	awaitPeers = time.Second
+	awaitEvery = 100 * time.Millisecond
+)
+
+// AwaitPeers calls fn, and again for a second while it fails with an ElsewhereError:
+// what a user just moved from another host is free a moment later.
+func AwaitPeers(ctx context.Context, fn func() error) error {
+	most := time.After(awaitPeers)
+	for {
+		err := fn()
+		if _, elsewhere := errors.AsType[*ElsewhereError](err); !elsewhere {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-most:
+			return err
+		case <-time.After(awaitEvery):
+		}
+	}
 }

@@ -221,7 +221,7 @@ func published(t *testing.T, lab *hosts.Lab) {
 
 // internalNetwork has no way out, and Docker adds no bridge of its own.
 func internalNetwork(t *testing.T, lab *hosts.Lab) {
-	createNetwork(t, lab, "inner", 43, "--internal")
+	createNetwork(t, lab, "inner", 43, "--internal", "-o", "vni=5043")
 	a, b := lab.Hosts[0], lab.Hosts[1]
 	one, two := run(t, a, "in1", "--network", "inner", "--ip", "10.43.1.10"), run(t, b, "in2", "--network", "inner", "--ip", "10.43.2.10")
 	reach(t, one, "10.43.2.10")
@@ -241,7 +241,9 @@ func internalNetwork(t *testing.T, lab *hosts.Lab) {
 // hosts and another network through the bridge.
 func isolation(t *testing.T, lab *hosts.Lab) {
 	a, b := lab.Hosts[0], lab.Hosts[1]
-	createNetwork(t, lab, "other", 44, "--ipv6", "--subnet", "fd00:44::/64")
+	// By number: the hosts' lowest free VNIs can differ for a moment after a network
+	// was removed on both.
+	createNetwork(t, lab, "other", 44, "--ipv6", "--subnet", "fd00:44::/64", "-o", "vni=5044")
 	target := run(t, a, "target", "--network", "other", "--ip", "10.44.1.10", "--ip6", "fd00:44::10")
 	remote := run(t, b, "remote", "--network", "other", "--ip", "10.44.2.10", "--ip6", "fd00:44::20")
 	reach(t, target, "10.44.2.10")
@@ -335,7 +337,12 @@ func ipBatch(t *testing.T, netns, lines string) {
 // say sends a UDP packet to earPort.
 func say(to, link string) error {
 	if strings.HasPrefix(to, "fe80") {
-		to += "%" + link
+		// By number: package net remembers names, of other namespaces too.
+		i, err := net.InterfaceByName(link)
+		if err != nil {
+			return err
+		}
+		to += "%" + strconv.Itoa(i.Index)
 	}
 	conn, err := net.Dial("udp", net.JoinHostPort(to, strconv.Itoa(earPort)))
 	if err != nil {

@@ -56,7 +56,7 @@ func TestCrashLosesNoPacket(t *testing.T) {
 		r.Lost, r.Sent, broken(r), r.TCPDelay.Round(time.Millisecond))
 	figure(t, "L1 served again after kill -9", kills, "p50 %s p99 %s (target 2 s); churn: %d containers ran, %d starts failed", percentile(times, 50), percentile(times, 99), good, bad)
 	if len(early) > 0 {
-		figure(t, "L1 killed twice within a second", len(early)/2, "served again after %s at most: Docker's engine first waits 30 s for the process that it had just started", percentile(early, 100))
+		figure(t, "L1 killed twice within a second", len(early)/2, "served again after %s at most; Docker's engine may first try for 30 s to reach the process that it had just started", percentile(early, 100))
 	}
 
 	leaks := 0

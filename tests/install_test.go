@@ -17,6 +17,7 @@ import (
 func TestInstall(t *testing.T) {
 	for name, engine := range engines(t) {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			lab := newLab(t, 2, func(_ int, o *hosts.HostOptions) { o.Engine = engine })
 			dir, start := pluginDir(t, "", "test"), time.Now()
 			for _, h := range lab.Hosts {

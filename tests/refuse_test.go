@@ -139,5 +139,5 @@ func refusals(t *testing.T, lab *hosts.Lab) {
 		t.Errorf("a refused network left something: %+v", after)
 	}
 	docker(t, b, "rm", "--force", "thief", "thief6")
-	figure(t, "clashes and bad options refused with their name", 25, "0 went through")
+	figure(t, "clashes and bad options refused with their name", 23, "0 went through")
 }

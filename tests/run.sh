@@ -28,6 +28,7 @@ need tcpdump tcpdump
 need ipset ipset
 if [ "$what" = test ] || [ "$what" = soak ]; then
 	need gcc gcc
+	need nft nftables
 	need /usr/include/stdlib.h libc6-dev
 fi
 # busybox without -static would not run in an empty container.

@@ -64,8 +64,8 @@ type statusView struct {
 	Ready    bool
 	IPTables string
 	Problems []struct {
-		Text   string
-		Advice bool
+		Text, Remedy string
+		Advice       bool
 	}
 	Underlay struct{ Address netip.Addr }
 	Loop     struct{ Repaired map[string]int }
@@ -139,10 +139,10 @@ func silent(t *testing.T, c hosts.Container, address string, more ...string) {
 	}
 }
 
-// serve makes a container answer HTTP on port 80 with a word.
+// serve makes a container answer HTTP on port 80 with a word, unless it does.
 func serve(t *testing.T, c hosts.Container, word string) {
 	t.Helper()
-	command(t, c, "sh", "-c", "echo "+word+" >/srv/index.html && httpd -p 80 -h /srv")
+	command(t, c, "sh", "-c", "echo "+word+" >/srv/index.html; pidof httpd || httpd -p 80 -h /srv")
 }
 
 // fetches waits until the URL answers the word in the network namespace at path.
