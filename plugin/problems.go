@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -45,6 +46,9 @@ func (p *process) status() (statusReply, error) {
 	}
 	_, clusterErr := svc.cluster.get()
 	heard := svc.cluster.stats()
+	if clusterErr == nil && heard.Err != "" && heard.Twin == "" {
+		clusterErr = errors.New(heard.Err)
+	}
 	s.Problems = append(s.Problems, problems(view{
 		status: s, networks: nets, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"],
 		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), xtablesShared: !isDevice(xtablesLock),

@@ -297,7 +297,7 @@ func worksWithoutGossip(t *testing.T, program string) {
 	p.makeNetwork()
 	p.await("complaint", func() bool {
 		text, status := p.weft("status")
-		return status == exitProblem && strings.Contains(text, "no other host was ever heard") && strings.Contains(p.log.String(), "address already in use")
+		return status == exitProblem && strings.Contains(text, "other hosts are not heard: gossip: ") && strings.Contains(text, "address already in use")
 	})
 	p.mustAgree()
 	if strings.Contains(p.log.String(), testKey) {

@@ -272,7 +272,11 @@ func (f *failHost) stage(t *testing.T, s stage, step string) {
 		return
 	}
 	file := filepath.Join(f.state, "failpoint")
-	pid, err := f.host.PluginPID(ctx, "")
+	err := started(ctx, f.host)
+	pid := 0
+	if err == nil {
+		pid, err = f.host.PluginPID(ctx, "")
+	}
 	if err == nil {
 		err = os.WriteFile(file, []byte(step), 0o600)
 	}

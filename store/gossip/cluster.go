@@ -98,6 +98,7 @@ type Cluster struct {
 	meta     []byte // self in wire form
 	verified map[string]verified
 	twin     record // another living process with this identity, or zero
+	absent   string // why this host is no member, or ""
 }
 
 // verified is a record that was checked, by member name.

@@ -2,11 +2,14 @@ package gossip
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -135,6 +138,31 @@ func TestClusterKey(t *testing.T) {
 	if n := a.c.Stats().Members; n != 2 {
 		t.Errorf("a has %d members, want 2", n)
 	}
+}
+
+func TestTakenPortIsTold(t *testing.T) {
+	t.Parallel()
+	s := newSegment()
+	taken, err := net.Listen("tcp", netip.AddrPortFrom(s.addr(1), testDataPort).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newHost(t, s.addr(1)).start()
+	waitFor(t, soon, func() error {
+		if text := a.c.Stats().Err; !strings.Contains(text, "address already in use") {
+			return fmt.Errorf("it tells %q", text)
+		}
+		return nil
+	})
+	if err := taken.Close(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, soon, func() error {
+		if text := a.c.Stats().Err; text != "" {
+			return errors.New(text)
+		}
+		return nil
+	})
 }
 
 func TestRestartedHostKeepsRecords(t *testing.T) {

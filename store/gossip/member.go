@@ -57,6 +57,7 @@ func (c *Cluster) attendAlways(ctx context.Context) error {
 			wait = twinRetry
 			fallthrough
 		default:
+			c.isAbsent(fmt.Sprint(err))
 			if text := fmt.Sprint(err); text != said {
 				said = text
 				c.log.Error("this host is not part of the cluster; trying on", "address", addr, "err", err)
@@ -95,12 +96,20 @@ func (c *Cluster) attend(ctx context.Context, addr netip.Addr) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("gossip: %w", err), sockets.Shutdown())
 	}
+	c.isAbsent("")
 	g.Go(func() error { return c.newServer().serve(ctx, l) })
 	g.Go(func() error { return c.rejoin(ctx, list) })
 	g.Go(func() error { return c.guardIdentity(ctx, addr, list) })
 	g.Go(func() error { return c.watchAddress(ctx, addr) })
 	err = g.Wait()
 	return errors.Join(err, list.Shutdown())
+}
+
+// isAbsent notes why this host is no member, or with "" that it is one.
+func (c *Cluster) isAbsent(why string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.absent = why
 }
 
 // watchAddress returns errMoved when this host's address is another one.

@@ -22,6 +22,9 @@ type Stats struct {
 	// Twin is the address of another process that has this host's identity (a
 	// copied state folder or cloned machine), or "".
 	Twin string
+	// Err is why this host is no member now (an address or port that cannot be
+	// bound, say), or "". It is tried again every second.
+	Err string
 }
 
 // PeerStatus is what is known of one peer.
@@ -115,6 +118,7 @@ func (c *Cluster) Stats() Stats {
 	if c.twin.ID != "" {
 		s.Twin = c.twin.Address.String()
 	}
+	s.Err = c.absent
 	c.mu.Unlock()
 	return s
 }
