@@ -28,8 +28,8 @@ const (
 	testEndpoint = "bb11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11"
 )
 
-// session is a life of requests as both engines send them, in order.
-func session() []struct{ method, body string } {
+// conversation is a life of requests as both engines send them, in order.
+func conversation() []struct{ method, body string } {
 	return []struct{ method, body string }{
 		{"IpamDriver.RequestPool", `{"AddressSpace":"WeftLocal","Pool":"10.50.0.0/24","SubPool":"10.50.0.128/25","Options":{},"V6":false}`},
 		{"IpamDriver.RequestPool", `{"AddressSpace":"WeftLocal","Pool":"","SubPool":"","Options":null,"V6":true}`},
@@ -115,10 +115,10 @@ func errOf(t testing.TB, method string, body []byte, w *httptest.ResponseRecorde
 	return reply.Err
 }
 
-func TestSessionIsServed(t *testing.T) {
+func TestConversationIsServed(t *testing.T) {
 	h, db := realCalls(t)
 	before := records(t, db)
-	for _, c := range session() {
+	for _, c := range conversation() {
 		if w := post(h, c.method, []byte(c.body)); w.Code != 200 || errOf(t, c.method, []byte(c.body), w) != "" {
 			t.Errorf("%s: %d %s", c.method, w.Code, w.Body)
 		}
@@ -126,7 +126,7 @@ func TestSessionIsServed(t *testing.T) {
 	// The pool that was chosen automatically stays, with nothing else.
 	after := records(t, db)
 	if before == after || strings.Contains(after, testNetwork) || strings.Contains(after, "10.50.0") {
-		t.Errorf("records after the session: %s", after)
+		t.Errorf("records after the conversation: %s", after)
 	}
 }
 
@@ -134,7 +134,7 @@ func TestSessionIsServed(t *testing.T) {
 // refused and changes nothing, whatever the state.
 func TestCutAndMistypedRequestsChangeNothing(t *testing.T) {
 	h, db := realCalls(t)
-	for _, c := range session() {
+	for _, c := range conversation() {
 		before := records(t, db)
 		atOnce := strings.HasSuffix(c.method, "OperInfo") || strings.HasSuffix(c.method, "DiscoverNew") || strings.HasSuffix(c.method, "GwAllocCheck")
 		for cut := range len(c.body) {
@@ -167,10 +167,10 @@ func TestCutAndMistypedRequestsChangeNothing(t *testing.T) {
 	}
 }
 
-// FuzzCalls sends one body of any kind after a prefix of a real session: the
+// FuzzCalls sends one body of any kind after a prefix of a real conversation: the
 // answer is JSON, and an error has changed nothing.
 func FuzzCalls(f *testing.F) {
-	for i, c := range session() {
+	for i, c := range conversation() {
 		f.Add(uint8(i), uint8(i), []byte(c.body))
 		f.Add(uint8(i), uint8(i+1), []byte(c.body)) // repeated
 	}
@@ -179,7 +179,7 @@ func FuzzCalls(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, which, after uint8, body []byte) {
 		h, db := realCalls(t)
-		all := session()
+		all := conversation()
 		for _, c := range all[:int(after)%(len(all)+1)] {
 			post(h, c.method, []byte(c.body))
 		}
