@@ -92,6 +92,7 @@ type Cluster struct {
 	stats   counters
 	drops   drops
 	reach   func(netip.Addr) error // nil: everybody; tests cut hosts off with it
+	under   underlay               // sockets; simulations have a network in memory
 
 	mu       sync.Mutex // guards what follows
 	self     record
@@ -142,6 +143,7 @@ func New(cfg Config) (*Cluster, error) {
 		boot: uint64(time.Now().UnixNano()), table: newTable(time.Now, cfg.DB.Self().Epoch),
 		moved: make(chan struct{}, 1), outbid: make(chan struct{}, 1), fetches: make(chan struct{}, maxFetches),
 		verified: map[string]verified{}}
+	c.under = sockets{}
 	c.drops.init()
 	for _, j := range cfg.Join {
 		t, err := parseTarget(j, cfg.Port)

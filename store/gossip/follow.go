@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
-	"net/netip"
 	"slices"
 	"time"
 
@@ -42,13 +40,8 @@ func (c *Cluster) dial(ctx context.Context, r record, id store.HostID) (*stream,
 	if err := c.reachable(r.Address); err != nil {
 		return nil, err
 	}
-	d := net.Dialer{Timeout: dialTime}
-	if a := c.db.Self().Address; a.IsValid() {
-		// The peer's rules let in the address that it knows.
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(a, 0))
-	}
 	addr := r.streamAddr().String()
-	raw, err := d.DialContext(ctx, "tcp", addr)
+	raw, err := c.under.dial(ctx, c.db.Self().Address, addr, dialTime)
 	if err != nil {
 		return nil, err
 	}

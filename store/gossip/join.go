@@ -136,7 +136,7 @@ func (c *Cluster) resolve(ctx context.Context) ([]netip.AddrPort, error) {
 // transport is memberlist's own, with dials that are short, come from the host's
 // own address and end with the instance.
 type transport struct {
-	*memberlist.NetTransport
+	memberlist.NodeAwareTransport
 	c     *Cluster
 	ctx   context.Context // of the instance; memberlist's calls have none
 	local netip.Addr
@@ -151,8 +151,7 @@ func (t *transport) DialTimeout(addr string, d time.Duration) (net.Conn, error) 
 	if err := t.c.reachable(ap.Addr()); err != nil {
 		return nil, err
 	}
-	dialer := net.Dialer{Timeout: min(d, gossipDial), LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(t.local, 0))}
-	conn, err := dialer.DialContext(t.ctx, "tcp", addr)
+	conn, err := t.c.under.dial(t.ctx, t.local, addr, min(d, gossipDial))
 	if err != nil {
 		return nil, err
 	}
@@ -178,7 +177,7 @@ func (t *transport) WriteToAddress(b []byte, a memberlist.Address) (time.Time, e
 	if t.c.reachable(ap.Addr()) != nil {
 		return time.Now(), nil // a lost packet is no error
 	}
-	return t.NetTransport.WriteToAddress(b, a)
+	return t.NodeAwareTransport.WriteToAddress(b, a)
 }
 
 // boundConn ends with its instance.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log"
-	"net"
 	"net/netip"
 	"sync/atomic"
 	"time"
@@ -74,14 +73,13 @@ func (c *Cluster) attend(ctx context.Context, addr netip.Addr) error {
 	if err := c.elderLives(ctx); err != nil {
 		return err
 	}
-	l, err := net.Listen("tcp", netip.AddrPortFrom(addr, c.cfg.DataPort).String())
+	l, err := c.under.listen(netip.AddrPortFrom(addr, c.cfg.DataPort))
 	if err != nil {
 		return fmt.Errorf("record stream: %w", err)
 	}
 	defer l.Close()
 	logger := log.New(logWriter{c}, "", 0)
-	sockets, err := memberlist.NewNetTransport(&memberlist.NetTransportConfig{
-		BindAddrs: []string{addr.String()}, BindPort: int(c.cfg.Port), Logger: logger})
+	port, err := c.under.gossip(netip.AddrPortFrom(addr, c.cfg.Port), logger)
 	if err != nil {
 		return fmt.Errorf("gossip: %w", err)
 	}
@@ -92,9 +90,9 @@ func (c *Cluster) attend(ctx context.Context, addr netip.Addr) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, ctx := errgroup.WithContext(ctx) // open gossip streams end with it too
-	list, err := memberlist.Create(c.memberConfig(addr, d, logger, &transport{NetTransport: sockets, c: c, ctx: ctx, local: addr}))
+	list, err := memberlist.Create(c.memberConfig(addr, d, logger, &transport{NodeAwareTransport: port, c: c, ctx: ctx, local: addr}))
 	if err != nil {
-		return errors.Join(fmt.Errorf("gossip: %w", err), sockets.Shutdown())
+		return errors.Join(fmt.Errorf("gossip: %w", err), port.Shutdown())
 	}
 	c.isAbsent("")
 	g.Go(func() error { return c.newServer().serve(ctx, l) })
