@@ -53,6 +53,11 @@ type daemon struct {
 
 const dockerdTimeout = 60 * time.Second
 
+// offline makes a task of a Swarm start from the image that the host has. Otherwise
+// Swarm first tries a registry, which nobody answers: measured, six tasks then take
+// 31 to 52 s to start instead of 2 to 4 s.
+const offline = "DOCKER_SERVICE_PREFER_OFFLINE_IMAGE=1"
+
 // StartDockerd starts dockerd and waits until it answers.
 func (h *Host) StartDockerd(ctx context.Context) error {
 	h.mu.Lock()
@@ -74,7 +79,7 @@ func (h *Host) StartDockerd(ctx context.Context) error {
 	args := append([]string{"-c", `while [ "$1" != -- ]; do echo $$ >"$1"; shift; done; shift; exec "$@"`, "sh"}, procs...)
 	args = append(append(args, "--"), h.inside(h.dockerdArgs(ctx)...)...)
 	// Not bound to ctx: dockerd outlives the call.
-	cmd := command(context.WithoutCancel(ctx), []string{"DOCKER_MIN_API_VERSION=1.24"}, "sh", args...)
+	cmd := command(context.WithoutCancel(ctx), []string{"DOCKER_MIN_API_VERSION=1.24", offline}, "sh", args...)
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	if err := cmd.Start(); err != nil {
 		return err
