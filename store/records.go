@@ -73,6 +73,7 @@ type Host struct {
 	Address   netip.Addr `json:"address"`   // underlay address (VTEP), IPv4 or IPv6
 	DataPort  uint16     `json:"dataPort"`  // UDP port of VXLAN and TCP port of the record stream
 	Version   string     `json:"version"`   // of the plugin
+	Scope     string     `json:"scope"`     // "local" or "global"; empty: a version that does not tell
 	Epoch     uint64     `json:"epoch"`     // of the owner's database; another value means "fetch all again"
 }
 

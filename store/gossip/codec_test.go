@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -31,7 +32,7 @@ func testIdentity(t testing.TB) store.Identity {
 func testRecord(id store.Identity) record {
 	pub := []byte(id.Key[32:])
 	return record{Host: store.Host{ID: id.ID, Name: "alpha", PublicKey: pub, Address: netip.MustParseAddr("192.0.2.1"),
-		DataPort: 4797, Version: "1.2.3", Epoch: 7}, Port: 4796, Boot: 8, Counter: 9}
+		DataPort: 4797, Version: "1.2.3", Scope: "local", Epoch: 7}, Port: 4796, Boot: 8, Counter: 9}
 }
 
 func TestRecordRoundTrip(t *testing.T) {
@@ -41,6 +42,7 @@ func TestRecordRoundTrip(t *testing.T) {
 		func(r *record) { r.Address = netip.MustParseAddr("2001:db8::1") },
 		func(r *record) { r.Name, r.Version = "", "" },
 		func(r *record) { r.Name = strings.Repeat("n", maxHostName) },
+		func(r *record) { r.Scope = "" },
 	} {
 		want := testRecord(id)
 		change(&want)
@@ -55,6 +57,23 @@ func TestRecordRoundTrip(t *testing.T) {
 		if len(wire) > maxRecord || maxRecord > memberlist.MetaMaxSize {
 			t.Errorf("record has %d bytes", len(wire))
 		}
+	}
+}
+
+func TestRecordOfTheFirstVersionIsRead(t *testing.T) {
+	id := testIdentity(t)
+	want := testRecord(id)
+	wire := want.sign(id)
+	pub, body := wire[1:33], wire[recordHead:len(wire)-1-len(want.Scope)]
+	old := append([]byte{recordFormat}, pub...)
+	old = append(append(old, ed25519.Sign(id.Key, signed(pub, body))...), body...)
+	want.Scope = ""
+	got, err := parseRecord(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(want, got, compareAddrs); d != "" {
+		t.Error(d)
 	}
 }
 
@@ -82,6 +101,7 @@ func TestRecordRefusesWhatTheHostDidNotSign(t *testing.T) {
 		"no data port": func(r *record) { r.DataPort = 0 },
 		"terminal":     func(r *record) { r.Name = "a\x1b[31m" },
 		"not text":     func(r *record) { r.Version = "\xff" },
+		"scope":        func(r *record) { r.Scope = "\n" },
 	} {
 		r := testRecord(id)
 		change(&r)

@@ -30,6 +30,7 @@ type record struct {
 //	64 bytes signature over recordLabel, public key and everything below
 //	8 Counter, 8 Boot, 8 Epoch, 2 Port, 2 DataPort
 //	1+n address (n is 4 or 16), 1+n name, 1+n version
+//	1+n scope; records of the first version end before it
 //
 // A newer version may append fields; older ones ignore them.
 const (
@@ -39,6 +40,7 @@ const (
 	maxRecord    = 512 // memberlist.MetaMaxSize
 	maxHostName  = 64  // HOST_NAME_MAX of Linux
 	maxVersion   = 32
+	maxScope     = 16
 )
 
 // memberName is the name under which memberlist knows a host at one address. The
@@ -62,7 +64,7 @@ func (r record) sign(id store.Identity) []byte {
 	body = binary.BigEndian.AppendUint64(body, r.Epoch)
 	body = binary.BigEndian.AppendUint16(body, r.Port)
 	body = binary.BigEndian.AppendUint16(body, r.DataPort)
-	for _, field := range []string{string(r.Address.AsSlice()), cut(r.Name, maxHostName), cut(r.Version, maxVersion)} {
+	for _, field := range []string{string(r.Address.AsSlice()), cut(r.Name, maxHostName), cut(r.Version, maxVersion), cut(r.Scope, maxScope)} {
 		body = append(append(body, byte(len(field))), field...)
 	}
 	out := append([]byte{recordFormat}, pub...)
@@ -99,9 +101,12 @@ func parseRecord(b []byte) (record, error) {
 	r.Epoch = binary.BigEndian.Uint64(body[16:])
 	r.Port = binary.BigEndian.Uint16(body[24:])
 	r.DataPort = binary.BigEndian.Uint16(body[26:])
-	var fields [3][]byte
+	var fields [4][]byte
 	rest := body[fixed:]
 	for i := range fields {
+		if len(rest) == 0 && i == 3 {
+			break // a record of the first version
+		}
 		if len(rest) == 0 || len(rest) < 1+int(rest[0]) {
 			return r, errors.New("host record is cut off")
 		}
@@ -117,7 +122,10 @@ func parseRecord(b []byte) (record, error) {
 	if len(fields[1]) > maxHostName || len(fields[2]) > maxVersion || !printable(fields[1]) || !printable(fields[2]) {
 		return r, errors.New("name or version in host record is too long or not text")
 	}
-	r.Address, r.Name, r.Version = addr, string(fields[1]), string(fields[2])
+	if len(fields[3]) > maxScope || !printable(fields[3]) {
+		return r, errors.New("scope in host record is too long or not text")
+	}
+	r.Address, r.Name, r.Version, r.Scope = addr, string(fields[1]), string(fields[2]), string(fields[3])
 	return r, nil
 }
 
