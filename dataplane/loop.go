@@ -43,7 +43,8 @@ const (
 type Loop struct {
 	db      *store.DB
 	kernel  Kernel
-	address netip.Addr
+	address func() netip.Addr
+	asked   netip.Addr // what address last returned
 	inSync  func() bool
 	log     *slog.Logger
 
@@ -99,10 +100,10 @@ type reply struct {
 	ops        []Op
 }
 
-// NewLoop returns a loop over the database and the kernel. address is the
+// NewLoop returns a loop over the database and the kernel. address returns the
 // underlay address to use, the zero Addr for that of the default route. While
 // inSync returns false, what peers own is not deleted; nil means always in sync.
-func NewLoop(db *store.DB, k Kernel, address netip.Addr, inSync func() bool, log *slog.Logger) *Loop {
+func NewLoop(db *store.DB, k Kernel, address func() netip.Addr, inSync func() bool, log *slog.Logger) *Loop {
 	if inSync == nil {
 		inSync = func() bool { return true }
 	}

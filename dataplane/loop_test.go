@@ -44,7 +44,7 @@ func newHost(t testing.TB) *host {
 }
 
 func (h *host) start() {
-	h.loop = dataplane.NewLoop(h.db, h.kernel, netip.Addr{}, h.inSync, slog.New(slog.DiscardHandler))
+	h.loop = dataplane.NewLoop(h.db, h.kernel, func() netip.Addr { return netip.Addr{} }, h.inSync, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = h.loop.Run(ctx) }()

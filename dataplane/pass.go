@@ -120,7 +120,7 @@ func (l *Loop) passEndpoint(ctx context.Context, v store.VNI, e store.EndpointID
 func (l *Loop) compare(ctx context.Context, v store.VNI, fresh bool) (want, have Plan, err error) {
 	n := l.network(v)
 	if v == store.HostVNI {
-		if fresh {
+		if fresh || l.address() != l.asked {
 			if err := l.findUnderlay(ctx); err != nil {
 				return nil, nil, err
 			}
@@ -169,7 +169,8 @@ func apply(have Plan, ops []Op) {
 // findUnderlay looks for the host's address and link. A change makes all networks
 // due, for their links are bound to it.
 func (l *Loop) findUnderlay(ctx context.Context) error {
-	u, err := l.kernel.Underlay(ctx, l.address)
+	l.asked = l.address()
+	u, err := l.kernel.Underlay(ctx, l.asked)
 	if err != nil {
 		return fmt.Errorf("look for the underlay: %w", err)
 	}

@@ -46,9 +46,13 @@ type VXLAN struct {
 	Port uint16
 }
 
-// Config is what a Driver works with. All fields are needed.
+// Config is what a Driver works with. All fields but Term are needed.
 type Config struct {
-	DB     *store.DB
+	DB *store.DB
+	// Term returns since when what Docker asked for is known to count: a manager that
+	// becomes the leader of its Swarm again may have missed the end of networks. nil
+	// means for ever.
+	Term   func() time.Time
 	Sync   Syncer
 	Routes func(context.Context) ([]Route, error)
 	VXLANs func(context.Context) ([]VXLAN, error)
@@ -62,10 +66,11 @@ type Driver struct{ Config }
 // New returns a driver.
 func New(c Config) *Driver { return &Driver{c} }
 
-// GetCapabilities says what is the only working answer standalone on every
-// engine: networks of this host that reach others.
-func GetCapabilities() Capabilities {
-	return Capabilities{Scope: network.LocalScope, ConnectivityScope: network.GlobalScope}
+// GetCapabilities says whether Swarm's managers allocate networks (scope global) or
+// each host makes its own (local, which is the only answer that works standalone on
+// every engine). Either way networks reach other hosts.
+func GetCapabilities(scope string) Capabilities {
+	return Capabilities{Scope: scope, ConnectivityScope: network.GlobalScope}
 }
 
 // CreateNetwork records a network and makes its bridge, its VXLAN device and the
@@ -109,14 +114,14 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 			}
 			if !reflect.DeepEqual(normal(old), normal(*n)) {
 				return fmt.Errorf("network %s exists with subnets %v and options %v, not %v and %v; remove it first",
-					n.ID, old.Prefixes(), old.Options, n.Prefixes(), n.Options)
+					n.ID, old.Prefixes(), shownAll(old.Options), n.Prefixes(), shownAll(n.Options))
 			}
 			return nil
 		}
 		if !errors.Is(err, store.ErrNotFound) {
 			return err
 		}
-		if err := checkClashes(tx, *n, routes); err != nil {
+		if err := checkClashes(tx, *n, routes, d.DB.Self().Name); err != nil {
 			return err
 		}
 		if err := chooseVNI(tx, n, foreign, d.DB.Self().DataPort); err != nil {
@@ -138,7 +143,7 @@ func normal(n store.Network) store.Network {
 
 // checkClashes refuses subnets that overlap a route of the host or another
 // network.
-func checkClashes(tx *store.Tx, n store.Network, routes []Route) error {
+func checkClashes(tx *store.Tx, n store.Network, routes []Route, host string) error {
 	all, err := tx.Networks()
 	if err != nil {
 		return err
@@ -153,7 +158,7 @@ func checkClashes(tx *store.Tx, n store.Network, routes []Route) error {
 		}
 		for _, r := range routes {
 			if r.Prefix.Overlaps(s.Pool) {
-				return fmt.Errorf("subnet %s overlaps the host's route %s on %s; choose another", s.Pool, r.Prefix, r.Link)
+				return fmt.Errorf("subnet %s overlaps the host's route %s on %s (host %s); choose another", s.Pool, r.Prefix, r.Link, host)
 			}
 		}
 	}
@@ -209,13 +214,23 @@ func checkVNI(tx *store.Tx, n store.Network, foreign []VXLAN, port uint16) error
 	if err != nil {
 		return err
 	}
+	if len(n.Key) > 0 {
+		return nil // a peer without the key has no say in what the network is
+	}
 	for _, p := range peers {
-		if !p.Agrees(n.Shared()) {
-			return clashError{fmt.Errorf("vni %d is a network with subnets %v on host %s, here it would have %v; use the same --subnet, or another vni",
-				n.VNI, p.Prefixes, hostName(tx, p.Owner), n.Shared().Prefixes)}
+		if !n.Runs(p) {
+			return clashError{fmt.Errorf("vni %d is a network with subnets %v%s on host %s, here it would have %v; use the same --subnet and key, or another vni",
+				n.VNI, p.Prefixes, keyed(p), hostName(tx, p.Owner), n.Shared().Prefixes)}
 		}
 	}
 	return nil
+}
+
+func keyed(p store.PeerNetwork) string {
+	if len(p.Proof) > 0 {
+		return " and a key"
+	}
+	return ""
 }
 
 func hostName(tx *store.Tx, id store.HostID) string {

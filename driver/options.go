@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strconv"
@@ -16,6 +17,7 @@ type settings struct {
 	mtu      int       // bytes; 0: automatic
 	internal bool
 	ifname   string
+	key      []byte // of the network, or nil
 }
 
 // Option is one key of `docker network create -o KEY=VALUE`.
@@ -90,8 +92,20 @@ func options() []Option {
 				s.ifname = v
 				return nil
 			}},
+		{Key: "key", Help: "key of the network, 64 hex digits: hosts believe each other's records of it only when both have it. In Swarm Weft makes one for each network",
+			set: func(s *settings, v string) error {
+				key, err := hex.DecodeString(v)
+				if err != nil || len(key) != keyBytes {
+					return fmt.Errorf("it is not a key of %d bytes in hex; make one with: openssl rand -hex %d", keyBytes, keyBytes)
+				}
+				s.key = key
+				return nil
+			}},
 	}
 }
+
+// keyBytes is the size of a network's key.
+const keyBytes = 32
 
 // Options returns the table of network options, for the documentation.
 func Options() []Option { return options() }
@@ -140,7 +154,7 @@ func parseOptions(given map[string]string) (settings, error) {
 		}
 		o := table[i]
 		if first, twice := seen[o.Key]; twice && given[first] != given[k] {
-			return s, fmt.Errorf("options %s=%s and %s=%s contradict each other; give one of them", first, clip(given[first]), k, clip(given[k]))
+			return s, fmt.Errorf("options %s=%s and %s=%s contradict each other; give one of them", first, clip(shown(first, given[first])), k, clip(shown(k, given[k])))
 		}
 		seen[o.Key] = k
 		if err := o.set(&s, given[k]); err != nil {

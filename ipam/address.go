@@ -1,11 +1,13 @@
 package ipam
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 
 	api "github.com/docker/go-plugins-helpers/ipam"
 
@@ -192,7 +194,8 @@ func (c *choice) given(tx *store.Tx, q addressRequest, h holders) error {
 	}
 	taken := err == nil && old.Freed.IsZero()
 	if taken && (q.serial || old.Kind == kindGateway && q.kind == kindGateway) {
-		c.lease, c.held = old, true
+		c.lease, c.held = old, old.Doubt.IsZero()
+		c.lease.Doubt = time.Time{} // confirmed
 		return nil
 	}
 	if q.serial {
@@ -323,6 +326,9 @@ func (i *IPAM) ReleaseAddress(ctx context.Context, r api.ReleaseAddressRequest) 
 		}
 		if err != nil {
 			return nil, err
+		}
+		if kept, err := allocated(tx, p); err != nil || kept && l.Kind == kindGateway {
+			return nil, cmp.Or(err, errUnchanged)
 		}
 		l.Freed = i.cfg.Now().UTC()
 		return func() { i.books[p.ID].freed(l) }, tx.PutLease(l)

@@ -63,7 +63,8 @@ func (i *IPAM) report(freed []store.Lease, err error) {
 // Audit frees leases that no endpoint has any more, because Docker's release was
 // lost or never sent, and returns them. A lease is leaked only where this host
 // can know it: in the local space, in a pool with one reference that is a subnet
-// of a Weft network of this host; it is freed when a second audit, Config.Grace
+// of a Weft network of this host; in the global space, when Docker did not confirm
+// it to this host as the new leader. It is freed when a second audit, Config.Grace
 // after the first, still finds it so. Pools are never removed: what Docker or
 // another driver does with them cannot be seen from here.
 //
@@ -149,7 +150,7 @@ func find(tx *store.Tx, now time.Time) (f findings, err error) {
 				f.future = append(f.future, l)
 			case !l.Freed.IsZero() && !cools(l, now):
 				f.past = append(f.past, l)
-			case l.Freed.IsZero() && ours && l.Kind != kindGateway && !h.has(l.Address):
+			case ours && looksLeaked(p, l, h):
 				f.leaked = append(f.leaked, l)
 			}
 		}
@@ -161,7 +162,10 @@ func find(tx *store.Tx, now time.Time) (f findings, err error) {
 // its addresses.
 func audited(tx *store.Tx, p store.Pool, networks []store.Network) (h holders, ours bool, err error) {
 	h = newHolders()
-	if p.Space != LocalSpace || p.Refs != 1 {
+	if p.Space == GlobalSpace {
+		return h, true, nil // Docker alone knows who has its addresses: see looksLeaked
+	}
+	if p.Refs != 1 {
 		return h, false, nil
 	}
 	for _, n := range networks {
@@ -175,6 +179,19 @@ func audited(tx *store.Tx, p store.Pool, networks []store.Network) (h holders, o
 	return h, ours, nil
 }
 
+// looksLeaked reports whether nobody has the address of a lease: no endpoint, or in
+// the global space Docker itself, which did not confirm it when this host became the
+// leader.
+func looksLeaked(p store.Pool, l store.Lease, h holders) bool {
+	if !l.Freed.IsZero() || l.Kind == kindGateway {
+		return false
+	}
+	if p.Space == GlobalSpace {
+		return !l.Doubt.IsZero()
+	}
+	return !h.has(l.Address)
+}
+
 // free frees those of the leases that are still held by nobody.
 func free(tx *store.Tx, ripe []store.Lease, now time.Time) (freed []store.Lease, err error) {
 	networks, err := tx.Networks()
@@ -183,25 +200,26 @@ func free(tx *store.Tx, ripe []store.Lease, now time.Time) (freed []store.Lease,
 	}
 	type view struct {
 		holders
+		pool store.Pool
 		ours bool
 	}
 	views := map[string]view{}
 	for _, l := range ripe {
 		v, ok := views[l.Pool]
 		if !ok {
-			p, err := tx.Pool(l.Pool)
+			v.pool, err = tx.Pool(l.Pool)
 			if errors.Is(err, store.ErrNotFound) {
 				continue
 			}
 			if err != nil {
 				return nil, err
 			}
-			if v.holders, v.ours, err = audited(tx, p, networks); err != nil {
+			if v.holders, v.ours, err = audited(tx, v.pool, networks); err != nil {
 				return nil, err
 			}
 			views[l.Pool] = v
 		}
-		if !v.ours || v.has(l.Address) || !unchanged(tx, l) {
+		if !v.ours || !unchanged(tx, l) || !looksLeaked(v.pool, l, v.holders) {
 			continue
 		}
 		l.Freed = now.UTC()
@@ -216,7 +234,7 @@ func free(tx *store.Tx, ripe []store.Lease, now time.Time) (freed []store.Lease,
 // unchanged reports whether the lease is as it was seen.
 func unchanged(tx *store.Tx, l store.Lease) bool {
 	c, err := tx.Lease(l.Pool, l.Address)
-	return err == nil && c.Freed.Equal(l.Freed) && c.Taken.Equal(l.Taken)
+	return err == nil && c.Freed.Equal(l.Freed) && c.Taken.Equal(l.Taken) && c.Doubt.Equal(l.Doubt)
 }
 
 // clean removes what has cooled and corrects what was freed in the future.

@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -61,8 +62,11 @@ type Config struct {
 	Grace time.Duration
 	// AuditEvery is how often Run audits; 0 means every minute.
 	AuditEvery time.Duration
-	Now        func() time.Time // nil means time.Now
-	Log        *slog.Logger     // nil means none
+	// Term returns since when a pool of the global space that Docker requested is
+	// known to be in use; nil means for ever. See driver.Config.
+	Term func() time.Time
+	Now  func() time.Time // nil means time.Now
+	Log  *slog.Logger     // nil means none
 }
 
 // IPAM serves the calls. All methods may be called from any goroutine.
@@ -181,7 +185,16 @@ func (i *IPAM) requestPool(ctx context.Context, r api.RequestPoolRequest) (p sto
 		if p, err = i.choosePool(tx, want, routes, r.V6); err != nil {
 			return nil, err
 		}
-		p.Refs++
+		if !serial(r.Options) {
+			p.Refs++
+		} else if again := p.Refs > 0; p.Space == GlobalSpace && again {
+			if err := i.doubt(tx, p.ID); err != nil {
+				return nil, err
+			}
+		} else {
+			p.Refs = 1 // a Swarm's networks do not share pools
+		}
+		p.Asked = i.cfg.Now().UTC()
 		return func() {}, tx.PutPool(p)
 	})
 	return p, err
@@ -210,10 +223,65 @@ func (i *IPAM) choosePool(tx *store.Tx, want store.Pool, routes []netip.Prefix, 
 	if err == nil || !errors.Is(err, store.ErrNotFound) {
 		return p, err
 	}
-	if err := clash(want, pools, networks, routes); err != nil {
+	if err := clash(want, i.living(pools), networks, routes); err != nil {
 		return p, err
 	}
 	return i.newPool(want), nil
+}
+
+// living leaves out pools of the global space that may be gone: Docker has not asked
+// for them since this host became the leader.
+func (i *IPAM) living(pools []store.Pool) []store.Pool {
+	if i.cfg.Term == nil {
+		return pools
+	}
+	term := i.cfg.Term()
+	return slices.DeleteFunc(slices.Clone(pools), func(p store.Pool) bool { return p.Space == GlobalSpace && p.Asked.Before(term) })
+}
+
+// doubt notes that all leases of a pool wait for their confirmation. Docker asks for
+// a pool that it has when this host becomes the leader of the Swarm; then it asks
+// for all addresses that are in use.
+func (i *IPAM) doubt(tx *store.Tx, pool string) error {
+	leases, err := tx.Leases(pool)
+	if err != nil {
+		return err
+	}
+	for _, l := range leases {
+		if l.Freed.IsZero() && l.Kind != kindGateway {
+			l.Doubt = i.cfg.Now().UTC()
+			if err := tx.PutLease(l); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// trust takes the doubt back.
+func trust(tx *store.Tx, pool string) error {
+	leases, err := tx.Leases(pool)
+	if err != nil {
+		return err
+	}
+	for _, l := range leases {
+		if !l.Doubt.IsZero() {
+			l.Doubt = time.Time{}
+			if err := tx.PutLease(l); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// allocated reports whether a network of the Swarm has the pool.
+func allocated(tx *store.Tx, p store.Pool) (bool, error) {
+	if p.Space != GlobalSpace {
+		return false, nil
+	}
+	all, err := tx.Allocations()
+	return slices.ContainsFunc(all, func(a store.Allocation) bool { return slices.Contains(a.Prefixes, p.Prefix) }), err
 }
 
 // newPool completes the record of a pool with space, prefix and sub-pool.
@@ -224,7 +292,8 @@ func (i *IPAM) newPool(p store.Pool) store.Pool {
 }
 
 // ReleasePool gives back one reference to a pool; with the last one the pool and
-// its leases are gone. An unknown pool is no error.
+// its leases are gone. An unknown pool is no error, nor is one that a network of the
+// Swarm still has: another was refused that wanted the same.
 func (i *IPAM) ReleasePool(ctx context.Context, r api.ReleasePoolRequest) (struct{}, error) {
 	if r.PoolID == "" {
 		return struct{}{}, errors.New("release pool: PoolID is empty")
@@ -236,6 +305,13 @@ func (i *IPAM) ReleasePool(ctx context.Context, r api.ReleasePoolRequest) (struc
 		}
 		if err != nil {
 			return nil, err
+		}
+		kept, err := allocated(tx, p)
+		if err != nil {
+			return nil, err
+		}
+		if kept {
+			return func() {}, trust(tx, p.ID)
 		}
 		if p.Refs > 1 {
 			p.Refs--

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"runtime"
 	"slices"
@@ -137,7 +138,7 @@ func (s *services) networks() ([]networkReply, error) {
 			return err
 		}
 		for _, n := range nets {
-			r := networkReply{Network: n, Bridge: dataplane.BridgeName(n.VNI), EffectiveMTU: dataplane.MTU(n, s.loop.Underlay()),
+			r := networkReply{Network: withoutKey(n), Bridge: dataplane.BridgeName(n.VNI), EffectiveMTU: dataplane.MTU(n, s.loop.Underlay()),
 				Peers: []string{}, Status: status[n.VNI]}
 			eps, err := tx.Endpoints(n.ID)
 			if err != nil {
@@ -155,9 +156,12 @@ func (s *services) networks() ([]networkReply, error) {
 			}
 			for _, run := range runs {
 				name := peerName(tx, run.Owner)
-				if run.Agrees(n.Shared()) {
+				switch {
+				case n.Runs(run):
 					r.Peers = append(r.Peers, name)
-				} else {
+				case n.Shared().Agrees(run.SharedNetwork):
+					r.Disagree = append(r.Disagree, name+" (another key, or none)")
+				default:
 					r.Disagree = append(r.Disagree, fmt.Sprintf("%s (%s %v)", name, run.Mode, run.Prefixes))
 				}
 			}
@@ -178,11 +182,42 @@ func (s *services) networks() ([]networkReply, error) {
 	return out, err
 }
 
+// withoutKey hides a network's key.
+func withoutKey(n store.Network) store.Network {
+	n.Key = nil
+	n.Options = maps.Clone(n.Options)
+	for _, k := range []string{"key", "weft.key"} {
+		if _, ok := n.Options[k]; ok {
+			n.Options[k] = "…"
+		}
+	}
+	return n
+}
+
 func peerName(tx *store.Tx, id store.HostID) string {
 	if p, err := tx.Peer(id); err == nil && p.Name != "" {
 		return p.Name
 	}
 	return string(id)
+}
+
+func (s *services) swarm() (r swarmReply, err error) {
+	err = s.db.View(func(tx *store.Tx) error {
+		nodes, err := tx.Nodes()
+		for _, n := range nodes {
+			switch {
+			case n.Self:
+				r.Self = n.Address
+			case n.Gone:
+				r.Gone = append(r.Gone, n.Address)
+				r.Discovered = append(r.Discovered, n.Address)
+			default:
+				r.Discovered = append(r.Discovered, n.Address)
+			}
+		}
+		return err
+	})
+	return r, err
 }
 
 func (s *services) endpoints() ([]endpointReply, error) {

@@ -22,11 +22,20 @@ type statusReply struct {
 	Host      store.Host    `json:"host,omitzero"`
 	Underlay  underlayReply `json:"underlay,omitzero"`
 	IPTables  string        `json:"iptables,omitempty"` // backend in use
+	Scope     string        `json:"scope"`
+	Swarm     swarmReply    `json:"swarm,omitzero"`
 	Join      []string      `json:"join"`
 	Encrypted bool          `json:"encrypted"` // gossip and records
 	Records   recordCounts  `json:"records"`
 	Loop      loopReply     `json:"loop,omitzero"`
 	Rebuilt   string        `json:"rebuilt,omitempty"`
+}
+
+// swarmReply is what Docker has told of the Swarm's hosts.
+type swarmReply struct {
+	Self       netip.Addr   `json:"self,omitzero"`        // address that this host advertises
+	Discovered []netip.Addr `json:"discovered,omitempty"` // of the others
+	Gone       []netip.Addr `json:"gone,omitempty"`       // of those, that are down
 }
 
 // problem is one thing that is wrong, and what to do about it.

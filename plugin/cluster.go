@@ -9,12 +9,14 @@ import (
 	"github.com/weftnet/weft/store/gossip"
 )
 
-// cluster is the tie to other hosts: nothing without WEFT_JOIN. It may be down
-// (its port is taken, say) while this host's networks work.
+// cluster is the tie to other hosts: nothing without WEFT_JOIN outside a Swarm. It
+// may be down (its port is taken, say) while this host's networks work.
 type cluster struct {
 	p        *process
 	db       *store.DB
 	identity store.Identity
+	others   chan struct{} // closed when there may be other hosts
+	once     sync.Once
 
 	mu      sync.Mutex      // guards what follows
 	members *gossip.Cluster // nil while it is down
@@ -24,19 +26,35 @@ type cluster struct {
 }
 
 func newCluster(p *process, db *store.DB, identity store.Identity) *cluster {
-	return &cluster{p: p, db: db, identity: identity}
+	c := &cluster{p: p, db: db, identity: identity, others: make(chan struct{})}
+	if len(p.set.join) > 0 {
+		c.expect()
+	}
+	return c
+}
+
+// expect says that there are other hosts to meet.
+func (c *cluster) expect() { c.once.Do(func() { close(c.others) }) }
+
+// expects reports whether there are.
+func (c *cluster) expects() bool {
+	select {
+	case <-c.others:
+		return true
+	default:
+		return false
+	}
 }
 
 // run keeps the cluster up until ctx ends, from when ready is closed: before, the
 // host's address is not known.
 func (c *cluster) run(ctx context.Context, ready <-chan struct{}) error {
-	if len(c.p.set.join) == 0 {
-		return nil
-	}
-	select {
-	case <-ready:
-	case <-ctx.Done():
-		return nil
+	for _, need := range []<-chan struct{}{ready, c.others} {
+		select {
+		case <-need:
+		case <-ctx.Done():
+			return nil
+		}
 	}
 	return c.p.keep(ctx, "gossip", func() error {
 		members, err := gossip.New(gossip.Config{DB: c.db, Identity: c.identity, Join: c.p.set.join, Key: c.p.set.key,
@@ -55,7 +73,7 @@ func (c *cluster) set(members *gossip.Cluster, err error) {
 	c.members, c.err, c.since = members, err, time.Now()
 }
 
-// get returns the cluster; both are nil without WEFT_JOIN and while it starts.
+// get returns the cluster; both are nil without other hosts and while it starts.
 func (c *cluster) get() (*gossip.Cluster, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -69,7 +87,7 @@ const settleTime = 2 * time.Minute
 // inSync reports whether the peers have told what they have since the start, so
 // that what nobody told may be deleted. A host alone always is.
 func (c *cluster) inSync() bool {
-	if len(c.p.set.join) == 0 {
+	if !c.expects() {
 		return true
 	}
 	c.mu.Lock()

@@ -64,7 +64,7 @@ func realCalls(t testing.TB) (http.Handler, *store.DB) {
 		Routes: func(context.Context) ([]driver.Route, error) { return nil, nil },
 		VXLANs: func(context.Context) ([]driver.VXLAN, error) { return nil, nil }})})
 	s := &server{gate: g, metrics: newMetrics(newGate()), log: log, limit: callLimit}
-	return s.handler(routes()), db
+	return s.handler(testProcess().routes()), db
 }
 
 // records returns all that a call may change, as text.

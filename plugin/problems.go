@@ -16,7 +16,7 @@ import (
 func (p *process) status() (statusReply, error) {
 	svc, stage, fault := p.gate.peek()
 	s := statusReply{Version: buildVersion(), Started: p.started, Ready: svc != nil, Stage: stage,
-		Join: append([]string{}, p.set.join...), Encrypted: len(p.set.key) > 0, Problems: []problem{}}
+		Scope: p.set.scope, Join: append([]string{}, p.set.join...), Encrypted: len(p.set.key) > 0, Problems: []problem{}}
 	if fault != nil {
 		s.Error = fault.Error()
 	}
@@ -34,6 +34,9 @@ func (p *process) status() (statusReply, error) {
 	s.Loop = loopReply{Passes: stats.Passes, Ops: stats.Ops, Failures: stats.Failures, Repaired: stats.Repaired}
 	var err error
 	if s.Records, err = countRecords(svc.db); err != nil {
+		return s, err
+	}
+	if s.Swarm, err = svc.swarm(); err != nil {
 		return s, err
 	}
 	nets, err := svc.networks()
@@ -170,7 +173,10 @@ func (v view) clusterProblems() (out []problem) {
 	if len(v.status.Join) > 0 && v.clusterErr == nil && len(v.peers) == 0 {
 		add("look whether the gossip port (TCP and UDP) is open between the hosts, and whether all have the same WEFT_KEY", "no other host was ever heard (WEFT_JOIN=%s)", strings.Join(v.status.Join, ","))
 	}
-	if len(v.status.Join) > 0 && !v.status.Encrypted {
+	if len(v.status.Swarm.Discovered) > 0 && v.clusterErr == nil && len(v.peers) == 0 {
+		add("enable the plugin on all hosts of the Swarm, with the same ports and WEFT_KEY; open the gossip port (TCP and UDP) between them", "no other host of the Swarm was ever heard (%v)", v.status.Swarm.Discovered)
+	}
+	if (len(v.status.Join) > 0 || len(v.status.Swarm.Discovered) > 0) && !v.status.Encrypted {
 		out = append(out, problem{Advice: true, Text: "what hosts tell each other is neither encrypted nor closed to strangers: no key is set",
 			Remedy: "set the same WEFT_KEY_FILE or WEFT_KEY on all hosts"})
 	}

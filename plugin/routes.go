@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"time"
 
 	api "github.com/docker/go-plugins-helpers/ipam"
 	"github.com/docker/go-plugins-helpers/network"
@@ -15,17 +16,22 @@ import (
 // waits for them. What is missing gets 404, which Docker takes for "not
 // implemented": Program- and RevokeExternalConnectivity come only to drivers that
 // answer a gateway.
-func routes() []call {
+func (p *process) routes() []call {
 	type empty struct{}
 	return []call{
 		atOnce("Plugin.Activate", map[string][]string{"Implements": {"NetworkDriver", "IpamDriver"}}),
 
-		atOnce("NetworkDriver.GetCapabilities", driver.GetCapabilities()),
+		call{method: "NetworkDriver.GetCapabilities", noBody: true, serve: func(context.Context, *gate, []byte) (any, error) {
+			p.asked.Store(time.Now().UnixNano())
+			return driver.GetCapabilities(p.set.scope), nil
+		}},
 		atOnce("NetworkDriver.GwAllocCheck", driver.GwAllocCheckResponse{}),
-		atOnce("NetworkDriver.DiscoverNew", empty{}),
-		atOnce("NetworkDriver.DiscoverDelete", empty{}),
+		p.swarm.call("NetworkDriver.DiscoverNew", false),
+		p.swarm.call("NetworkDriver.DiscoverDelete", true),
 		// A failure of this one stops a container's start on Debian's engine.
 		atOnce("NetworkDriver.EndpointOperInfo", network.InfoResponse{Value: map[string]string{}}),
+		onDriver("NetworkDriver.AllocateNetwork", (*driver.Driver).AllocateNetwork),
+		onDriver("NetworkDriver.FreeNetwork", (*driver.Driver).FreeNetwork),
 		onDriver("NetworkDriver.CreateNetwork", (*driver.Driver).CreateNetwork),
 		onDriver("NetworkDriver.DeleteNetwork", (*driver.Driver).DeleteNetwork),
 		onDriver("NetworkDriver.CreateEndpoint", (*driver.Driver).CreateEndpoint),

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -49,6 +50,8 @@ type process struct {
 	metrics *metrics
 	log     *slog.Logger
 	journal *journal
+	swarm   *discovery
+	asked   *atomic.Int64 // Unix nanoseconds of the last GetCapabilities
 	started time.Time
 }
 
@@ -68,7 +71,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	var wrong error
 	p.set, wrong = parseSettings(os.Getenv, os.ReadFile)
 	useFailPoints(p.places.state)
-	p.started, p.gate = time.Now(), newGate()
+	p.started, p.gate, p.swarm, p.asked = time.Now(), newGate(), newDiscovery(), new(atomic.Int64)
 	p.metrics = newMetrics(p.gate)
 	// dockerd writes the time in front of each line.
 	p.log = slog.New(slog.NewTextHandler(errOut, &slog.HandlerOptions{Level: p.set.level, ReplaceAttr: dropTime}))
@@ -95,7 +98,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	servers, ctx := errgroup.WithContext(ctx)
 	servers.Go(func() error { return p.awaitSignal(ctx) })
 	calls := &server{gate: p.gate, metrics: p.metrics, log: p.log, limit: callLimit, journal: p.journal}
-	servers.Go(func() error { return serveHTTP(ctx, docker, calls.handler(routes()), p.log) })
+	servers.Go(func() error { return serveHTTP(ctx, docker, calls.handler(p.routes()), p.log) })
 	servers.Go(func() error { return serveHTTP(ctx, admin, p.adminHandler(), p.log) })
 	servers.Go(func() error { return p.serveMetrics(ctx) })
 	err = servers.Wait()
@@ -213,16 +216,17 @@ func (p *process) serveRecords(ctx context.Context) error {
 		p.log.Error("database was lost", "rebuilt", rebuilt)
 	}
 	c := newCluster(p, db, identity)
-	loop := dataplane.NewLoop(db, k, p.set.address, c.inSync, p.log)
+	loop := dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
-		driver: driver.New(driver.Config{DB: db, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
-		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Routes: ipamRoutes(k), AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
+		driver: driver.New(driver.Config{DB: db, Term: p.term, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
+		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term, Routes: ipamRoutes(k), AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}
 	// Before the gate opens: nothing of what follows may come in between.
 	p.journal.finish(ctx, svc)
 	tasks, ctx := errgroup.WithContext(ctx)
 	tasks.Go(func() error { return loop.Run(ctx) })
 	tasks.Go(func() error { return c.run(ctx, loop.Ready()) })
+	tasks.Go(func() error { return p.swarm.run(ctx, db, c, p.log) })
 	tasks.Go(func() error { return driver.NewAudit(svc.driver, auditEvery, auditClock(p.places.state)).Run(ctx) })
 	tasks.Go(func() error { return svc.ipam.Run(ctx) })
 	tasks.Go(func() error { return reportReady(ctx, loop, p.log) })
@@ -230,6 +234,12 @@ func (p *process) serveRecords(ctx context.Context) error {
 	err = tasks.Wait()
 	p.gate.fail(errors.New("weft is ending"))
 	return err
+}
+
+// term returns since when Docker's Swarm has repeated what it has: it asks for the
+// capabilities first whenever this host becomes the leader.
+func (p *process) term() time.Time {
+	return time.Unix(0, p.asked.Load())
 }
 
 // reportReady logs when the kernel was compared for the first time.

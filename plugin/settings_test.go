@@ -33,7 +33,7 @@ func TestSettings(t *testing.T) {
 	for i := range key {
 		key[i] = byte(i)
 	}
-	plain := settings{port: 4796, dataPort: 4797, level: slog.LevelInfo, iptables: "auto", checksum: "auto"}
+	plain := settings{port: 4796, dataPort: 4797, level: slog.LevelInfo, iptables: "auto", checksum: "auto", scope: "local"}
 	with := func(change func(*settings)) settings { s := plain; change(&s); return s }
 	for _, c := range []struct {
 		name  string
@@ -56,6 +56,7 @@ func TestSettings(t *testing.T) {
 			with(func(s *settings) {
 				s.iptables, s.checksum, s.level, s.metrics = "legacy", "off", slog.LevelDebug, ":9797"
 			})},
+		{"scope", map[string]string{"WEFT_SCOPE": "GLOBAL"}, nil, with(func(s *settings) { s.scope = "global" })},
 		{"subnets", map[string]string{"WEFT_SUBNETS": "10.96.0.0/12,fd00:77::/48"}, nil, with(func(s *settings) {
 			s.subnets = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12"), netip.MustParsePrefix("fd00:77::/48")}
 		})},

@@ -30,9 +30,15 @@ var (
 	bucketRemote    = []byte("remote")    // VNI HostID "/" EndpointID → RemoteEndpoint
 	bucketPools     = []byte("pools")     // Pool.ID → Pool
 	bucketLeases    = []byte("leases")    // Pool.ID NUL address → Lease
+	bucketAllocs    = []byte("allocs")    // NetworkID → Allocation
+	bucketNodes     = []byte("nodes")     // address → Node
 
-	buckets = [][]byte{bucketMeta, bucketNetworks, bucketEndpoints, bucketSeq, bucketGone,
-		bucketPeers, bucketPeerNets, bucketRemote, bucketPools, bucketLeases}
+	// By the schema that brought them.
+	buckets = [Schema + 1][][]byte{
+		1: {bucketMeta, bucketNetworks, bucketEndpoints, bucketSeq, bucketGone,
+			bucketPeers, bucketPeerNets, bucketRemote, bucketPools, bucketLeases},
+		2: {bucketAllocs, bucketNodes},
+	}
 )
 
 // lockTimeout is how long Open waits for another process to let go of the file.

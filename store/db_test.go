@@ -329,3 +329,43 @@ func FuzzOpen(f *testing.F) {
 		}
 	})
 }
+
+// A database of schema 1 has no records of Swarm; it gets their buckets.
+func TestOlderSchemaIsMigrated(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "weft.db")
+	db, err := store.Open(path, store.Host{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(fn func(*store.Tx) error) {
+		t.Helper()
+		if err := db.Update(t.Context(), fn); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(func(tx *store.Tx) error { return tx.PutNetwork(store.Network{ID: "n", VNI: 4096}) })
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	bolt, err := bbolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(bolt.Update(func(tx *bbolt.Tx) error {
+		return errors.Join(tx.DeleteBucket([]byte("allocs")), tx.DeleteBucket([]byte("nodes")),
+			tx.Bucket([]byte("meta")).Put([]byte("schema"), binary.BigEndian.AppendUint64(nil, 1)))
+	}), bolt.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if db, err = store.Open(path, store.Host{}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = db.Close() }()
+	put(func(tx *store.Tx) error { return tx.PutAllocation(store.Allocation{ID: "n"}) })
+	if err := db.View(func(tx *store.Tx) error {
+		_, err := tx.Network("n")
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+}

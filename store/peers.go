@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -96,11 +97,12 @@ func (tx *Tx) MergeNetworks(owner HostID, epoch, seq uint64, nets []SharedNetwor
 		if i := slices.IndexFunc(old, func(o PeerNetwork) bool { return o.VNI == n.VNI }); i >= 0 {
 			pn = old[i]
 		}
-		if pn.SharedNetwork.Agrees(n) {
+		if pn.SharedNetwork.Agrees(n) && bytes.Equal(pn.Proof, n.Proof) {
 			continue
 		}
 		pn.SharedNetwork = n
 		tx.touchRemote(n.VNI)
+		tx.touch(HostVNI) // whom the host listens to
 		if err := put(tx, bucketPeerNets, peerNetKey(owner, n.VNI), pn); err != nil {
 			return err
 		}
@@ -114,6 +116,7 @@ func (tx *Tx) removePeerNetwork(owner HostID, v VNI) error {
 		return err
 	}
 	tx.touchRemote(v)
+	tx.touch(HostVNI)
 	return tx.tx.Bucket(bucketPeerNets).Delete(peerNetKey(owner, v))
 }
 
@@ -183,17 +186,16 @@ func (tx *Tx) RunBy(v VNI) ([]PeerNetwork, error) {
 	return slices.DeleteFunc(all, func(n PeerNetwork) bool { return n.VNI != v }), nil
 }
 
-// Alike returns the networks of peers that have n's mode and subnets, whatever
+// Alike returns the networks of peers that have n's mode, subnets and key, whatever
 // their VNI, sorted by it.
 func (tx *Tx) Alike(n Network) ([]PeerNetwork, error) {
 	all, err := list[PeerNetwork](tx, bucketPeerNets, nil)
 	if err != nil {
 		return nil, err
 	}
-	shared := n.Shared()
 	all = slices.DeleteFunc(all, func(o PeerNetwork) bool {
-		shared.VNI = o.VNI
-		return !o.Agrees(shared)
+		n.VNI = o.VNI
+		return !n.Runs(o)
 	})
 	slices.SortStableFunc(all, func(a, b PeerNetwork) int { return int(a.VNI) - int(b.VNI) })
 	return all, nil

@@ -9,9 +9,11 @@
 package store
 
 import (
+	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -107,6 +109,9 @@ type Network struct {
 	Subnets  []Subnet          `json:"subnets"`
 	Ifname   string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
 	Options  map[string]string `json:"options,omitempty"` // the -o options as given
+	// Key is known to the hosts that may run the network, 32 bytes, or nil: then
+	// every host that runs the same VNI and subnets is believed.
+	Key []byte `json:"key,omitempty"`
 }
 
 // Prefixes returns the address ranges of the network in order.
@@ -125,11 +130,29 @@ func (n Network) Shared() SharedNetwork {
 	return SharedNetwork{VNI: n.VNI, Mode: n.Mode, Prefixes: p}
 }
 
+// Proof shows that a host holds the network's key; nil without one. It is of no
+// use to another host: who shows it has proved by other means which host he is.
+func (n Network) Proof(host HostID) []byte {
+	if len(n.Key) == 0 {
+		return nil
+	}
+	mac := hmac.New(sha256.New, n.Key)
+	fmt.Fprintf(mac, "weft network 1 %d %s", n.VNI, host) // never fails
+	return mac.Sum(nil)
+}
+
+// Runs reports whether a peer's network is this one: it agrees, and the peer has
+// proved to hold the key.
+func (n Network) Runs(o PeerNetwork) bool {
+	return n.Shared().Agrees(o.SharedNetwork) && hmac.Equal(n.Proof(o.Owner), o.Proof)
+}
+
 // SharedNetwork is what a host tells its peers of a network that it runs.
 type SharedNetwork struct {
 	VNI      VNI            `json:"vni"`
 	Mode     string         `json:"mode"`
-	Prefixes []netip.Prefix `json:"prefixes"` // sorted
+	Prefixes []netip.Prefix `json:"prefixes"`        // sorted
+	Proof    []byte         `json:"proof,omitempty"` // Network.Proof of the host
 }
 
 // Agrees reports whether two hosts may run n and o as one network.
@@ -190,6 +213,7 @@ type Pool struct {
 	Refs   int               `json:"refs"`          // RequestPool minus ReleasePool
 	Next   netip.Addr        `json:"next,omitzero"` // where the search for a free address goes on
 	Opts   map[string]string `json:"opts,omitempty"`
+	Asked  time.Time         `json:"asked,omitzero"` // when Docker last requested it
 }
 
 // Lease is an address taken from a Pool. A released address stays as a lease with
@@ -202,6 +226,27 @@ type Lease struct {
 	Taken   time.Time  `json:"taken"`
 	Freed   time.Time  `json:"freed,omitzero"`
 	Tag     string     `json:"tag,omitempty"` // container name, where the engine tells it
+	// Doubt is since when this host leads a Swarm that has not confirmed the lease:
+	// Docker may have released it while another manager was the leader.
+	Doubt time.Time `json:"doubt,omitzero"`
+}
+
+// Allocation is what this host, as leader of a Swarm, has answered for a network.
+type Allocation struct {
+	ID       NetworkID         `json:"id"`
+	VNI      VNI               `json:"vni"`
+	Key      []byte            `json:"key"`
+	Prefixes []netip.Prefix    `json:"prefixes"` // sorted
+	Given    map[string]string `json:"given"`    // the user's options
+	Asked    time.Time         `json:"asked"`    // when Docker last asked for it
+}
+
+// Node is a host of the Swarm, as Docker tells of it.
+type Node struct {
+	Address netip.Addr `json:"address"` // which the Swarm advertises
+	Self    bool       `json:"self,omitempty"`
+	Heard   time.Time  `json:"heard"`          // when Docker last told
+	Gone    bool       `json:"gone,omitempty"` // down or removed, it told
 }
 
 func comparePrefix(a, b netip.Prefix) int {

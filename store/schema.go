@@ -12,7 +12,7 @@ import (
 
 // Schema is the version of the database's layout that this build writes. A newer
 // one is refused, an older one is migrated by prepareSchema.
-const Schema = 1
+const Schema = 2
 
 var (
 	keySchema = []byte("schema")
@@ -24,22 +24,24 @@ var (
 // old one, and returns its epoch: a random number that peers compare, so that
 // they fetch everything again after a database was lost.
 func prepareSchema(tx *bbolt.Tx) (epoch uint64, err error) {
-	made := tx.Bucket(bucketMeta) != nil
-	if made {
-		switch v := getUint(tx, bucketMeta, keySchema); {
-		case v > Schema:
-			return 0, fmt.Errorf("%w: its schema is %d, this version knows %d; install the newer plugin again", ErrNewerSchema, v, Schema)
-		case v == 0:
+	was := uint64(0) // new
+	if tx.Bucket(bucketMeta) != nil {
+		switch was = getUint(tx, bucketMeta, keySchema); {
+		case was > Schema:
+			return 0, fmt.Errorf("%w: its schema is %d, this version knows %d; install the newer plugin again", ErrNewerSchema, was, Schema)
+		case was == 0:
 			return 0, damageError{errors.New("schema version is missing")}
 		}
 	}
-	for _, b := range buckets {
-		// All are made at once: one that is missing beside others was lost.
-		if (tx.Bucket(b) != nil) != made {
-			return 0, damageError{fmt.Errorf("bucket %s does not fit the others", b)}
-		}
-		if _, err := tx.CreateBucketIfNotExists(b); err != nil {
-			return 0, err
+	for since, list := range buckets {
+		for _, b := range list {
+			// Those of a schema are made at once: one that is missing was lost.
+			if (tx.Bucket(b) != nil) != (uint64(since) <= was) {
+				return 0, damageError{fmt.Errorf("bucket %s does not fit the others", b)}
+			}
+			if _, err := tx.CreateBucketIfNotExists(b); err != nil {
+				return 0, err
+			}
 		}
 	}
 	if err := putUint(tx, bucketMeta, keySchema, Schema); err != nil {
@@ -85,6 +87,8 @@ func checkRecords(b *bbolt.Tx) error {
 		{bucketRemote, decodes[RemoteEndpoint]},
 		{bucketPools, decodes[Pool]},
 		{bucketLeases, decodes[Lease]},
+		{bucketAllocs, decodes[Allocation]},
+		{bucketNodes, decodes[Node]},
 	} {
 		if err := check(c.bucket, c.decode); err != nil {
 			return err

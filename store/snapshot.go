@@ -22,7 +22,7 @@ type Snapshot struct {
 type HostSnapshot struct {
 	Self     Host
 	Networks []Network
-	Peers    []Peer // all that are not hidden
+	Peers    []Peer // that run one of the networks and are not hidden
 }
 
 // remoteView is the decoded part of a Snapshot that peers own. Ten thousand
@@ -56,7 +56,7 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 		if s.Endpoints, err = tx.Endpoints(n.ID); err != nil {
 			return err
 		}
-		view, err := db.remoteView(tx, v, n.Shared())
+		view, err := db.remoteView(tx, v, n)
 		s.Peers, s.Hidden, s.Remote = view.peers, view.hidden, view.remote
 		return err
 	})
@@ -90,15 +90,23 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 		if s.Networks, err = tx.Networks(); err != nil {
 			return err
 		}
+		all, err := list[PeerNetwork](tx, bucketPeerNets, nil)
+		if err != nil {
+			return err
+		}
+		runs := map[HostID]bool{}
+		for _, o := range all {
+			runs[o.Owner] = runs[o.Owner] || slices.ContainsFunc(s.Networks, func(n Network) bool { return n.Runs(o) })
+		}
 		s.Peers, err = tx.Peers()
-		s.Peers = slices.DeleteFunc(s.Peers, func(p Peer) bool { return p.Hidden })
+		s.Peers = slices.DeleteFunc(s.Peers, func(p Peer) bool { return p.Hidden || !runs[p.ID] })
 		return err
 	})
 	return s, err
 }
 
 // remoteView reads or reuses the peers' part.
-func (db *DB) remoteView(tx *Tx, v VNI, own SharedNetwork) (remoteView, error) {
+func (db *DB) remoteView(tx *Tx, v VNI, own Network) (remoteView, error) {
 	db.mu.Lock()
 	view, ok := db.remote.views[v]
 	db.mu.Unlock()
@@ -116,7 +124,7 @@ func (db *DB) remoteView(tx *Tx, v VNI, own SharedNetwork) (remoteView, error) {
 			return remoteView{}, err
 		}
 		switch {
-		case !r.Agrees(own): // not part of our network: status says so
+		case !own.Runs(r): // not part of our network: status says so
 		case p.Hidden:
 			view.hidden = append(view.hidden, p)
 		default:

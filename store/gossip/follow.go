@@ -350,16 +350,20 @@ func (c *Cluster) wanted(id store.HostID, see sight) (list bool, wants []request
 			return err
 		}
 		list = p.Epoch != see.claims.epoch || p.Networks != see.claims.seq[store.HostVNI]
-		for _, v := range c.table.networks() {
-			n, err := tx.PeerNetwork(id, v)
-			if errors.Is(err, store.ErrNotFound) {
+		own, err := tx.Networks()
+		if err != nil {
+			return err
+		}
+		for _, o := range own {
+			n, err := tx.PeerNetwork(id, o.VNI)
+			if errors.Is(err, store.ErrNotFound) || err == nil && !o.Runs(n) {
 				continue
 			}
 			if err != nil {
 				return err
 			}
-			if n.Epoch != see.claims.epoch || n.Seq != see.claims.seq[v] {
-				q := request{VNI: v, Epoch: n.Epoch, Since: n.Seq}
+			if n.Epoch != see.claims.epoch || n.Seq != see.claims.seq[o.VNI] {
+				q := request{VNI: o.VNI, Epoch: n.Epoch, Since: n.Seq, Proof: o.Proof(c.id)}
 				if n.Epoch != see.claims.epoch {
 					q.Since = 0
 				}

@@ -37,6 +37,7 @@ type request struct {
 	VNI   store.VNI `json:"vni"`
 	Epoch uint64    `json:"epoch,omitempty"`
 	Since uint64    `json:"since,omitempty"`
+	Proof []byte    `json:"proof,omitempty"` // store.Network.Proof of the client
 }
 
 // answer is one frame of an answer. More says that another one follows.

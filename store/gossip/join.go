@@ -26,8 +26,8 @@ const (
 	lookupMax = 2 * time.Second
 )
 
-// rejoin contacts, for ever, the hosts to join and the remembered peers that are
-// not members.
+// rejoin contacts, for ever, the hosts to join, those of the Swarm and the remembered
+// peers that are not members.
 func (c *Cluster) rejoin(ctx context.Context, list *memberlist.Memberlist) error {
 	wait := joinFirst
 	lonely := false
@@ -80,10 +80,19 @@ func (c *Cluster) missing(ctx context.Context) ([]netip.AddrPort, error) {
 		}
 	}
 	var peers []store.Peer
+	var nodes []store.Node
 	err := c.db.View(func(tx *store.Tx) (err error) {
-		peers, err = tx.Peers()
+		if peers, err = tx.Peers(); err != nil {
+			return err
+		}
+		nodes, err = tx.Nodes()
 		return err
 	})
+	for _, n := range nodes {
+		if !n.Self && n.Address.Is4() == c.db.Self().Address.Is4() {
+			lost = append(lost, netip.AddrPortFrom(n.Address, c.cfg.Port))
+		}
+	}
 	for _, p := range peers {
 		// Seen in this process: its record says the port. Else it is ours, likely.
 		if sights[p.ID].rec.Port == 0 && p.Address.IsValid() {

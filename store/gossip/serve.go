@@ -2,8 +2,10 @@ package gossip
 
 import (
 	"context"
+	"crypto/hmac"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -152,7 +154,7 @@ func (s *server) stream(raw net.Conn, addr netip.Addr) {
 		if err := readFrame(conn, maxAsk, &q); err != nil {
 			return
 		}
-		if err := s.answer(conn, q); err != nil {
+		if err := s.answer(conn, q, id); err != nil {
 			return
 		}
 	}
@@ -195,8 +197,8 @@ func (c *Cluster) knows(id store.HostID) bool {
 }
 
 // answer reads the records in one transaction and sends them in chunks.
-func (s *server) answer(conn net.Conn, q request) error {
-	a, err := s.c.read(q)
+func (s *server) answer(conn net.Conn, q request, id store.HostID) error {
+	a, err := s.c.read(q, id)
 	if err != nil {
 		s.c.log.Warn("cannot answer a peer", "vni", q.VNI, "err", err)
 		a = answer{Err: "the owner cannot read its database"}
@@ -215,11 +217,21 @@ func (s *server) answer(conn net.Conn, q request) error {
 	}
 }
 
-func (c *Cluster) read(q request) (answer, error) {
+// read returns the answer to a host. The endpoints of a network with a key are told
+// to those alone who hold it.
+func (c *Cluster) read(q request, id store.HostID) (answer, error) {
 	epoch := c.db.Self().Epoch
 	var a answer
 	err := c.db.View(func(tx *store.Tx) error {
 		if q.VNI != store.HostVNI {
+			n, err := tx.NetworkByVNI(q.VNI)
+			if err != nil && !errors.Is(err, store.ErrNotFound) {
+				return err
+			}
+			if err == nil && len(n.Key) > 0 && !hmac.Equal(q.Proof, n.Proof(id)) {
+				a.Err = fmt.Sprintf("host %s does not hold the key of network %d", id, q.VNI)
+				return nil
+			}
 			since := q.Since
 			if q.Epoch != epoch {
 				since = 0
@@ -231,7 +243,9 @@ func (c *Cluster) read(q request) (answer, error) {
 		a.Seq = tx.Version(store.HostVNI)
 		nets, err := tx.Networks()
 		for _, n := range nets {
-			a.Networks = append(a.Networks, versioned{SharedNetwork: n.Shared(), Seq: tx.Version(n.VNI)})
+			shared := n.Shared()
+			shared.Proof = n.Proof(c.id)
+			a.Networks = append(a.Networks, versioned{SharedNetwork: shared, Seq: tx.Version(n.VNI)})
 		}
 		return err
 	})

@@ -1,0 +1,204 @@
+package driver
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/docker/go-plugins-helpers/network"
+
+	"github.com/weftnet/weft/store"
+)
+
+// Options that AllocateNetwork adds to the user's. What it answers takes the place
+// of those on every host and in docker network inspect, and comes back to it when
+// another manager becomes the leader.
+const (
+	optVNI = "weft.vni"
+	optKey = "weft.key"
+)
+
+// AllocateNetwork decides, as leader of a Swarm, on the VNI and the key of a
+// network. Asked again it gives the answer that the options hold, or that it
+// recorded: a new leader changes nothing.
+//
+// The key reaches, by Swarm's own encrypted log, the managers and the hosts that run
+// the network, and lets them believe each other's records of it.
+func (d *Driver) AllocateNetwork(ctx context.Context, r network.AllocateNetworkRequest) (network.AllocateNetworkResponse, error) {
+	options, err := d.allocate(ctx, r)
+	if err != nil {
+		return network.AllocateNetworkResponse{}, fmt.Errorf("allocate network: %w", err)
+	}
+	return network.AllocateNetworkResponse{Options: options}, nil
+}
+
+func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest) (map[string]string, error) {
+	n, err := parseNetwork(network.CreateNetworkRequest{NetworkID: r.NetworkID, Options: map[string]any{keyGeneric: anyValues(r.Options)},
+		IPv4Data: pointers(r.IPv4Data), IPv6Data: pointers(r.IPv6Data)})
+	if err != nil {
+		return nil, err
+	}
+	foreign, err := d.VXLANs(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("VXLAN devices of the host: %w", err)
+	}
+	var a store.Allocation
+	err = d.DB.Update(ctx, func(tx *store.Tx) error {
+		if a, err = d.decide(tx, n, foreign); err != nil {
+			return err
+		}
+		a.Asked = time.Now().UTC()
+		return tx.PutAllocation(a)
+	})
+	if err != nil {
+		return nil, err
+	}
+	out := maps.Clone(a.Given)
+	if out == nil {
+		out = map[string]string{}
+	}
+	out[optVNI], out[optKey] = strconv.Itoa(int(a.VNI)), hex.EncodeToString(a.Key)
+	return out, nil
+}
+
+// decide returns the allocation that stands or that n asks for.
+func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.Allocation, error) {
+	given := maps.Clone(n.Options)
+	delete(given, optVNI)
+	delete(given, optKey)
+	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given}
+	old, err := tx.Allocation(n.ID)
+	if err == nil {
+		switch {
+		case !slices.Equal(old.Prefixes, a.Prefixes), !maps.Equal(old.Given, given), a.VNI != 0 && a.VNI != old.VNI:
+			return a, fmt.Errorf("network %s is allocated with vni %d, subnets %v and options %v, not with vni %d, %v and %v; remove it first",
+				n.ID, old.VNI, old.Prefixes, shownAll(old.Given), a.VNI, a.Prefixes, shownAll(given))
+		case len(n.Key) > 0 && !slices.Equal(old.Key, n.Key):
+			// The other managers and the hosts have that of the options.
+			old.Key = n.Key
+		}
+		return old, nil
+	}
+	if !errors.Is(err, store.ErrNotFound) {
+		return a, err
+	}
+	if n.VNI != 0 && len(n.Key) > 0 {
+		return a, nil // another leader's answer
+	}
+	if err := d.overlaps(tx, a); err != nil {
+		return a, err
+	}
+	if len(a.Key) == 0 {
+		a.Key = make([]byte, keyBytes)
+		_, _ = rand.Read(a.Key) // never fails (crypto/rand)
+	}
+	if n.VNI != 0 {
+		return a, d.unallocated(tx, n, foreign)
+	}
+	for round := range 1000 {
+		n.VNI = deriveVNI(n.ID, round)
+		err := d.unallocated(tx, n, foreign)
+		if err == nil {
+			a.VNI = n.VNI
+			return a, nil
+		}
+		if !errors.As(err, new(clashError)) {
+			return a, err
+		}
+	}
+	return a, errors.New("no free vni was found; give one with -o vni")
+}
+
+// overlaps refuses the subnets of another network of the Swarm. One that Docker has
+// not asked for in this term may be gone.
+func (d *Driver) overlaps(tx *store.Tx, a store.Allocation) error {
+	all, err := tx.Allocations()
+	if err != nil {
+		return err
+	}
+	var term time.Time
+	if d.Term != nil {
+		term = d.Term()
+	}
+	for _, o := range all {
+		for _, p := range a.Prefixes {
+			if o.ID != a.ID && !o.Asked.Before(term) && slices.ContainsFunc(o.Prefixes, p.Overlaps) {
+				return fmt.Errorf("subnet %s overlaps %v of Swarm network %.12s; choose another", p, o.Prefixes, o.ID)
+			}
+		}
+	}
+	return nil
+}
+
+// unallocated refuses a VNI that another network has, as far as this host knows.
+func (d *Driver) unallocated(tx *store.Tx, n store.Network, foreign []VXLAN) error {
+	all, err := tx.Allocations()
+	if err != nil {
+		return err
+	}
+	for _, o := range all {
+		if o.VNI == n.VNI && o.ID != n.ID {
+			return clashError{fmt.Errorf("vni %d belongs to Swarm network %.12s with subnets %v; choose another", n.VNI, o.ID, o.Prefixes)}
+		}
+	}
+	if own, err := tx.NetworkByVNI(n.VNI); err == nil && own.ID == n.ID {
+		return nil // the leader's own host runs it already
+	}
+	n.Key = nil // whoever runs it, and is not known to hold the key, runs another
+	return checkVNI(tx, n, foreign, d.DB.Self().DataPort)
+}
+
+// deriveVNI chooses a VNI from a network's id, so that two leaders that know nothing
+// of each other's choices hardly ever take the same. It must stay as it is: managers
+// of several versions ask it.
+func deriveVNI(id store.NetworkID, round int) store.VNI {
+	sum := sha256.Sum256(fmt.Appendf(nil, "weft vni 1 %s %d", id, round))
+	room := uint32(store.MaxVNI - store.FirstVNI + 1)
+	return store.FirstVNI + store.VNI(binary.BigEndian.Uint32(sum[:])%room)
+}
+
+// FreeNetwork forgets an allocation. An unknown one is no error.
+func (d *Driver) FreeNetwork(ctx context.Context, r network.FreeNetworkRequest) (struct{}, error) {
+	err := d.DB.Update(ctx, func(tx *store.Tx) error { return tx.DeleteAllocation(store.NetworkID(r.NetworkID)) })
+	return struct{}{}, err
+}
+
+func anyValues(m map[string]string) map[string]any {
+	out := map[string]any{}
+	for k, v := range m {
+		out[k] = v
+	}
+	return out
+}
+
+func pointers(data []network.IPAMData) []*network.IPAMData {
+	out := make([]*network.IPAMData, 0, len(data))
+	for i := range data {
+		out = append(out, &data[i])
+	}
+	return out
+}
+
+// shown hides a key.
+func shown(option, value string) string {
+	if option == "key" || option == optKey {
+		return "…"
+	}
+	return value
+}
+
+func shownAll(options map[string]string) map[string]string {
+	out := map[string]string{}
+	for k, v := range options {
+		out[k] = shown(k, v)
+	}
+	return out
+}

@@ -1,0 +1,106 @@
+package driver
+
+import (
+	"maps"
+	"strings"
+	"testing"
+
+	"github.com/docker/go-plugins-helpers/network"
+
+	"github.com/weftnet/weft/store"
+)
+
+const swarmNet = "uevk9dbp5kwsf7p8jnic6u85c"
+
+func allocation(id, pool string, options map[string]string) network.AllocateNetworkRequest {
+	return network.AllocateNetworkRequest{NetworkID: id, Options: options, IPv4Data: []network.IPAMData{{Pool: pool, Gateway: strings.Replace(pool, ".0/", ".1/", 1)}}}
+}
+
+func mustAllocate(t *testing.T, d *Driver, r network.AllocateNetworkRequest) map[string]string {
+	t.Helper()
+	a, err := d.AllocateNetwork(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a.Options
+}
+
+func TestAllocationIsRepeated(t *testing.T) {
+	d, _ := newDriver(t)
+	given := map[string]string{"mtu": "1400"}
+	first := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", given))
+	if first["mtu"] != "1400" || len(first) != 3 {
+		t.Errorf("the user's options are not echoed: %v", first)
+	}
+	// The VNI must never change for an id: managers of several versions derive it.
+	if first[optVNI] != "12639212" || len(first[optKey]) != 64 {
+		t.Errorf("answered vni %s and a key of %d digits", first[optVNI], len(first[optKey]))
+	}
+	for name, options := range map[string]map[string]string{"answer lost": given, "former answer": first} {
+		if again := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", options)); !maps.Equal(again, first) {
+			t.Errorf("%s: answered %v, then %v", name, first, again)
+		}
+	}
+	other, _ := newDriver(t) // a new leader, with what Docker has kept
+	if again := mustAllocate(t, other, allocation(swarmNet, "10.90.0.0/24", first)); !maps.Equal(again, first) {
+		t.Errorf("a new leader answers %v, not %v", again, first)
+	}
+	// The answer makes the same network on every host.
+	n, err := parseNetwork(network.CreateNetworkRequest{NetworkID: swarmNet, Options: map[string]any{keyGeneric: anyValues(first)},
+		IPv4Data: []*network.IPAMData{{Pool: "10.90.0.0/24"}}})
+	if err != nil || n.VNI != 12639212 || len(n.Key) != keyBytes {
+		t.Errorf("a host makes %+v of it, %v", n, err)
+	}
+	if _, err := d.FreeNetwork(t.Context(), network.FreeNetworkRequest{NetworkID: swarmNet}); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.FreeNetwork(t.Context(), network.FreeNetworkRequest{NetworkID: swarmNet}); err != nil {
+		t.Errorf("once more: %v", err)
+	}
+	if again := mustAllocate(t, d, allocation(swarmNet, "10.91.0.0/24", nil)); again[optKey] == first[optKey] {
+		t.Error("a new network has the key of the one that was freed")
+	}
+}
+
+func TestAllocationAvoidsTakenVNIs(t *testing.T) {
+	d, _ := newDriver(t)
+	addRemote(t, d, "beta", deriveVNI(swarmNet, 0), "10.99.0.0/24", "10.99.0.7", store.MAC{2, 0, 0, 0, 0, 1})
+	if got := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil)); got[optVNI] == "12639212" {
+		t.Error("allocated the VNI of a network on a peer")
+	}
+}
+
+func TestAllocationIsRefused(t *testing.T) {
+	d, _ := newDriver(t)
+	mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1400", "vni": "5000"}))
+	addRemote(t, d, "beta", 5001, "10.99.0.0/24", "10.99.0.7", store.MAC{2, 0, 0, 0, 0, 1})
+	for _, c := range []struct {
+		r    network.AllocateNetworkRequest
+		want string
+	}{
+		{allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1300", "vni": "5000"}), "1400"},
+		{allocation(swarmNet, "10.91.0.0/24", map[string]string{"mtu": "1400", "vni": "5000"}), "10.90.0.0/24"},
+		{allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1400", "vni": "5000", optVNI: "5002"}), "contradict"},
+		{allocation("another", "10.92.0.0/24", map[string]string{"vni": "5000"}), "belongs to Swarm network"},
+		{allocation("another", "10.90.0.0/25", nil), "overlaps [10.90.0.0/24] of Swarm network"},
+		{allocation("another", "10.92.0.0/24", map[string]string{"vni": "5001"}), "on host beta"},
+		{allocation("another", "10.92.0.0/24", map[string]string{"vnii": "1"}), "did you mean vni"},
+		{allocation("another", "10.92.0.0/24", map[string]string{"encrypted": ""}), "cannot encrypt"},
+		{allocation("another", "10.92.0.0/24", map[string]string{optKey: "00"}), "key of 32 bytes"},
+		{allocation("another", "10.92.0.1/24", nil), "host bits"},
+		{allocation("", "10.92.0.0/24", nil), "NetworkID"},
+		{network.AllocateNetworkRequest{NetworkID: "another"}, "subnet"},
+	} {
+		_, err := d.AllocateNetwork(t.Context(), c.r)
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: got error %v, want one with %q", c.r, err, c.want)
+		}
+	}
+	_ = d.DB.View(func(tx *store.Tx) error {
+		all, err := tx.Allocations()
+		if err != nil || len(all) != 1 {
+			t.Errorf("%d allocations, %v", len(all), err)
+		}
+		return nil
+	})
+}
