@@ -3,6 +3,7 @@ package driver
 import (
 	"cmp"
 	"context"
+	"errors"
 	"time"
 
 	"github.com/weftnet/weft/store"
@@ -11,9 +12,12 @@ import (
 // Times of the audit. Docker asks for clean-up once, and not at all if it or the
 // plugin was down: such endpoints are ours to find.
 const (
-	auditEvery = 30 * time.Second
-	// goneGrace: a joined endpoint whose link has been missing for so long, at
-	// two sightings or more, is removed. Docker's own calls come within seconds.
+	auditEvery = 5 * time.Second
+	// lostGrace: a joined endpoint whose link has been missing for so long, at two
+	// sightings or more, has left: peers no longer count on it, and its address may
+	// live elsewhere. The link goes when its container ends.
+	lostGrace = 5 * time.Second
+	// goneGrace: after so long it is removed. Docker's own calls come within seconds.
 	goneGrace = 2 * time.Minute
 	// idleGrace: an endpoint that was made but never joined, or that has left, is
 	// removed after so long. Docker joins within seconds of making it.
@@ -27,15 +31,16 @@ type Audit struct {
 	now   func() time.Time
 	every time.Duration
 	since map[store.EndpointID]time.Time // first sighting without a live link
+	lost  map[store.EndpointID]bool      // of those, that were joined and lost it
 }
 
 // NewAudit returns the audit of a driver's endpoints. It looks every so often, 0
-// for half a minute, and reads the time from now, nil for time.Now.
+// for five seconds, and reads the time from now, nil for time.Now.
 func NewAudit(d *Driver, every time.Duration, now func() time.Time) *Audit {
 	if now == nil {
 		now = time.Now
 	}
-	return &Audit{d: d, now: now, every: cmp.Or(every, auditEvery), since: map[store.EndpointID]time.Time{}}
+	return &Audit{d: d, now: now, every: cmp.Or(every, auditEvery), since: map[store.EndpointID]time.Time{}, lost: map[store.EndpointID]bool{}}
 }
 
 // Run audits until ctx ends and returns nil.
@@ -79,21 +84,47 @@ func (a *Audit) once(ctx context.Context) error {
 			a.since[e.ID] = a.now()
 			continue
 		}
-		grace := goneGrace
-		if idle {
-			grace = idleGrace
+		age, grace := a.now().Sub(first), idleGrace
+		if a.lost[e.ID] {
+			grace = goneGrace
 		}
-		if age := a.now().Sub(first); age >= grace {
-			a.d.Log.Warn("endpoint removed: Docker has forgotten it", "endpoint", e.ID, "vni", e.VNI, "address", e.IPv4, "for", age)
-			if err := a.d.DB.Update(ctx, func(tx *store.Tx) error { return tx.DeleteEndpoint(e.Network, e.ID) }); err != nil {
+		var err error
+		switch {
+		case !idle && age >= lostGrace:
+			a.lost[e.ID] = true
+			a.d.Log.Warn("endpoint has lost its link: its container is gone", "endpoint", e.ID, "vni", e.VNI, "address", e.IPv4, "for", age)
+			err = a.change(ctx, e, func(tx *store.Tx) error {
+				e.Sandbox, e.Left = "", true
+				_, err := tx.PutEndpoint(e)
 				return err
-			}
+			})
+		case idle && age >= grace:
+			a.d.Log.Warn("endpoint removed: Docker has forgotten it", "endpoint", e.ID, "vni", e.VNI, "address", e.IPv4, "for", age)
+			err = a.change(ctx, e, func(tx *store.Tx) error { return tx.DeleteEndpoint(e.Network, e.ID) })
+		}
+		if err != nil {
+			return err
 		}
 	}
 	for id := range a.since {
 		if !seen[id] {
 			delete(a.since, id)
+			delete(a.lost, id)
 		}
 	}
 	return nil
+}
+
+// change writes, unless a call of Docker has changed the endpoint meanwhile.
+func (a *Audit) change(ctx context.Context, e store.Endpoint, fn func(*store.Tx) error) error {
+	return a.d.DB.Update(ctx, func(tx *store.Tx) error {
+		now, err := tx.Endpoint(e.Network, e.ID)
+		if errors.Is(err, store.ErrNotFound) || err == nil && now.Seq != e.Seq {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return fn(tx)
+	})
 }

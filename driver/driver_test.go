@@ -417,20 +417,37 @@ func TestAuditNeedsTwoSightingsAndTime(t *testing.T) {
 		})
 		return out
 	}
+	shared := func() (n int) { // endpoints that peers are told of
+		_ = d.DB.View(func(tx *store.Tx) error {
+			delta, err := tx.Delta(4096, 0)
+			n = len(delta.Endpoints)
+			return err
+		})
+		return n
+	}
 	f.missing = []store.EndpointID{epA}
 	left()
-	now = now.Add(goneGrace - time.Second)
-	if got := left(); len(got) != 2 {
-		t.Fatalf("removed too early: %v", got)
+	now = now.Add(lostGrace - time.Second)
+	if left(); shared() != 2 {
+		t.Fatal("withdrawn too early")
 	}
 	f.missing = nil // it was there after all: the count begins anew
 	left()
 	f.missing = []store.EndpointID{epA}
 	now = now.Add(2 * time.Second)
-	if got := left(); len(got) != 2 {
-		t.Fatalf("removed at one sighting: %v", got)
+	if left(); shared() != 2 {
+		t.Fatal("withdrawn at one sighting")
 	}
-	now = now.Add(goneGrace)
+	now = now.Add(lostGrace)
+	if got := left(); len(got) != 2 || shared() != 1 {
+		t.Fatalf("after %s without a link: %v, %d shared; want it kept and withdrawn", lostGrace, got, shared())
+	}
+	f.missing = nil // it has left: no link is wanted
+	now = now.Add(goneGrace - 10*time.Second)
+	if got := left(); len(got) != 2 {
+		t.Fatalf("removed too early: %v", got)
+	}
+	now = now.Add(10 * time.Second)
 	if diff := cmp.Diff([]store.EndpointID{epB}, left()); diff != "" {
 		t.Fatal(diff)
 	}
