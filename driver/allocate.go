@@ -46,6 +46,9 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 	if err != nil {
 		return nil, err
 	}
+	if err := d.refuse(); err != nil {
+		return nil, err
+	}
 	foreign, err := d.VXLANs(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("VXLAN devices of the host: %w", err)

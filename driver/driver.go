@@ -46,9 +46,11 @@ type VXLAN struct {
 	Port uint16
 }
 
-// Config is what a Driver works with. All fields but Term are needed.
+// Config is what a Driver works with. All fields but Term and Refuse are needed.
 type Config struct {
 	DB *store.DB
+	// Refuse returns why this host must not make anything new now, or nil.
+	Refuse func() error
 	// Term returns since when what Docker asked for is known to count: a manager that
 	// becomes the leader of its Swarm again may have missed the end of networks. nil
 	// means for ever.
@@ -77,6 +79,9 @@ func GetCapabilities(scope string) Capabilities {
 // rules.
 func (d *Driver) CreateNetwork(ctx context.Context, r network.CreateNetworkRequest) (struct{}, error) {
 	n, err := parseNetwork(r)
+	if err == nil {
+		err = d.refuse()
+	}
 	if err != nil {
 		return struct{}{}, fmt.Errorf("create network: %w", err)
 	}
@@ -93,6 +98,13 @@ func (d *Driver) CreateNetwork(ctx context.Context, r network.CreateNetworkReque
 	}
 	store.FailPoint("driver.CreateNetwork.synced")
 	return struct{}{}, nil
+}
+
+func (d *Driver) refuse() error {
+	if d.Refuse == nil {
+		return nil
+	}
+	return d.Refuse()
 }
 
 // addNetwork writes the record unless the same one is there. n gets its VNI.

@@ -391,69 +391,21 @@ func TestGivenMACIsNotAnswered(t *testing.T) {
 	}
 }
 
-func TestAuditNeedsTwoSightingsAndTime(t *testing.T) {
-	d, f := newDriver(t)
+func TestRefusedHostMakesNothing(t *testing.T) {
+	d, _ := newDriver(t)
 	mustNet(t, d, createNet(netA, "10.50.0.0/24", ""))
-	for ep, address := range map[string]string{epA: "10.50.0.2/24", epB: "10.50.0.3/24"} {
-		if _, err := d.CreateEndpoint(t.Context(), decode[network.CreateEndpointRequest](t, createEp(netA, ep, address))); err != nil {
-			t.Fatal(err)
+	before := state(t, d)
+	d.Refuse = func() error { return errors.New("this host is a copy") }
+	_, errN := d.CreateNetwork(t.Context(), decode[network.CreateNetworkRequest](t, createNet(netB, "10.51.0.0/24", "")))
+	_, errE := d.CreateEndpoint(t.Context(), decode[network.CreateEndpointRequest](t, createEp(netA, epA, "10.50.0.2/24")))
+	_, errA := d.AllocateNetwork(t.Context(), allocation(swarmNet, "10.90.0.0/24", nil))
+	for _, err := range []error{errN, errE, errA} {
+		if err == nil || !strings.Contains(err.Error(), "this host is a copy") {
+			t.Errorf("got error %v", err)
 		}
 	}
-	if _, err := d.Join(t.Context(), network.JoinRequest{NetworkID: netA, EndpointID: epA, SandboxKey: "/x"}); err != nil {
-		t.Fatal(err)
-	}
-	a, now := NewAudit(d, 0, nil), time.Now()
-	a.now = func() time.Time { return now }
-	left := func() (out []store.EndpointID) {
-		if err := a.once(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		_ = d.DB.View(func(tx *store.Tx) error {
-			all, err := tx.AllEndpoints()
-			for _, e := range all {
-				out = append(out, e.ID)
-			}
-			return err
-		})
-		return out
-	}
-	shared := func() (n int) { // endpoints that peers are told of
-		_ = d.DB.View(func(tx *store.Tx) error {
-			delta, err := tx.Delta(4096, 0)
-			n = len(delta.Endpoints)
-			return err
-		})
-		return n
-	}
-	f.missing = []store.EndpointID{epA}
-	left()
-	now = now.Add(lostGrace - time.Second)
-	if left(); shared() != 2 {
-		t.Fatal("withdrawn too early")
-	}
-	f.missing = nil // it was there after all: the count begins anew
-	left()
-	f.missing = []store.EndpointID{epA}
-	now = now.Add(2 * time.Second)
-	if left(); shared() != 2 {
-		t.Fatal("withdrawn at one sighting")
-	}
-	now = now.Add(lostGrace)
-	if got := left(); len(got) != 2 || shared() != 1 {
-		t.Fatalf("after %s without a link: %v, %d shared; want it kept and withdrawn", lostGrace, got, shared())
-	}
-	f.missing = nil // it has left: no link is wanted
-	now = now.Add(goneGrace - 10*time.Second)
-	if got := left(); len(got) != 2 {
-		t.Fatalf("removed too early: %v", got)
-	}
-	now = now.Add(10 * time.Second)
-	if diff := cmp.Diff([]store.EndpointID{epB}, left()); diff != "" {
-		t.Fatal(diff)
-	}
-	now = now.Add(idleGrace) // never joined
-	if got := left(); len(got) != 0 {
-		t.Fatalf("idle endpoint stays: %v", got)
+	if after := state(t, d); after != before {
+		t.Errorf("records changed:\n%s\n%s", before, after)
 	}
 }
 

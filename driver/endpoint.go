@@ -35,7 +35,7 @@ func (d *Driver) CreateEndpoint(ctx context.Context, r network.CreateEndpointReq
 }
 
 func (d *Driver) addEndpoint(ctx context.Context, r network.CreateEndpointRequest) (e store.Endpoint, made bool, err error) {
-	if err := errors.Join(checkID("NetworkID", r.NetworkID), checkID("EndpointID", r.EndpointID)); err != nil {
+	if err := errors.Join(checkID("NetworkID", r.NetworkID), checkID("EndpointID", r.EndpointID), d.refuse()); err != nil {
 		return e, false, err
 	}
 	store.FailPoint("driver.CreateEndpoint.before")

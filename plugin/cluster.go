@@ -112,6 +112,14 @@ func heardAll(peers []gossip.PeerStatus) bool {
 	return alive > 0
 }
 
+// copied returns why this host must build nothing, if it is a copy of another.
+func (c *cluster) copied() error {
+	if members, _ := c.get(); members != nil {
+		return members.Copied()
+	}
+	return nil
+}
+
 // stats returns the counters, nothing while it is down.
 func (c *cluster) stats() gossip.Stats {
 	if members, _ := c.get(); members != nil {

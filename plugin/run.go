@@ -196,7 +196,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	}
 	db, err := store.Open(filepath.Join(p.places.state, databaseFile), store.Host{
 		ID: identity.ID, Name: hostName(), PublicKey: identity.Key.Public().(ed25519.PublicKey),
-		Address: p.set.address, DataPort: p.set.dataPort, Version: buildVersion(),
+		Address: p.set.address, DataPort: p.set.dataPort, Version: buildVersion(), Scope: p.set.scope,
 	})
 	if err != nil {
 		return err
@@ -218,7 +218,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	c := newCluster(p, db, identity)
 	loop := dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
-		driver: driver.New(driver.Config{DB: db, Term: p.term, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
+		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Term: p.term, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
 		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term, Routes: ipamRoutes(k), AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}
 	// Before the gate opens: nothing of what follows may come in between.

@@ -425,6 +425,9 @@ func TestCopiedHostStandsBack(t *testing.T) {
 		}
 		return nil
 	}))
+	if err := twin.c.Copied(); err == nil || !strings.Contains(err.Error(), "host.key") || b.c.Copied() != nil {
+		t.Errorf("the copy says %v, the original %v", err, b.c.Copied())
+	}
 	right := func(p PeerStatus) bool { return p.Address == b.addr && inSync(p) }
 	a.waitPeer(b, soon, "at its own address", right)
 	b.addEndpoint(5000, "ep2", "10.50.0.2")

@@ -370,6 +370,17 @@ func twinError(r record) error {
 	return fmt.Errorf("%w: the host at %s (%q) was first; remove host.key on this host if it is a copy", errTwin, r.Address, r.Name)
 }
 
+// Copied returns an error while another process, which was first, has this host's
+// identity: this one has a copied state folder, and should build nothing.
+func (c *Cluster) Copied() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.twin.ID == "" || c.twin.Boot > c.boot {
+		return nil
+	}
+	return twinError(c.twin)
+}
+
 // elderLives returns errTwin if the older process for which this one stood back
 // still answers, so that the other members see nothing of another attempt.
 func (c *Cluster) elderLives(ctx context.Context) error {
