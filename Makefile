@@ -5,10 +5,10 @@ TAGS ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 export CGO_ENABLED = 0
 
-.PHONY: help build plugin demo test soak bench lint
+.PHONY: help build plugin demo demo-swarm test soak bench lint
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 build: ## compile the plugin and command to build/weft
 	go build -trimpath -tags '$(TAGS)' -ldflags '-X main.version=$(VERSION)' -o build/weft ./plugin
@@ -23,6 +23,9 @@ plugin: ## make the managed plugin's folder, for docker plugin create
 
 demo: ## two Docker hosts on this machine, the plugin on both, containers that talk
 	tests/run.sh demo
+
+demo-swarm: ## three Docker hosts in a Swarm, a stack, the leader killed, a host drained
+	tests/run.sh demo-swarm
 
 test: ## every test, on real dockerds
 	tests/run.sh test

@@ -24,7 +24,9 @@ var arrows = map[string][]string{
 	"plugin":               {"driver", "ipam", "dataplane", "dataplane/kernel", "store", "store/gossip"},
 	"tests":                {},
 	"tests/hosts":          {},
-	"tests/demo":           {"tests/hosts"},
+	"tests/show":           {"tests/hosts"},
+	"tests/demo":           {"tests/hosts", "tests/show"},
+	"tests/demoswarm":      {"tests/hosts", "tests/show"},
 	"tests/bench":          {"tests/hosts"},
 }
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# run.sh demo|test|soak|bench: installs what is missing, by package name, and
+# run.sh demo|demo-swarm|test|soak|bench: installs what is missing, by package name, and
 # runs one of make's targets as root. It leaves nothing behind but the packages,
 # Go's caches and the built newest engine in the user's cache.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:?demo, test, soak or bench}
+what=${1:?demo, demo-swarm, test, soak or bench}
 
 if [ "$(id -u)" != 0 ]; then
 	echo "run.sh: network namespaces and dockerd need root; asking sudo" >&2
@@ -42,10 +42,10 @@ fi
 
 export CGO_ENABLED=0
 case $what in
-demo)
+demo | demo-swarm)
 	# Not go run: it would die of SIGTERM alone and leave the demo running.
-	go build -o build/demo ./tests/demo
-	exec build/demo
+	go build -o "build/$what" "./tests/${what/-/}"
+	exec "build/$what"
 	;;
 test | soak)
 	tests/engine.sh
@@ -67,7 +67,7 @@ bench)
 	exec go run ./tests/bench
 	;;
 *)
-	echo "run.sh: $what is not one of demo, test, soak, bench" >&2
+	echo "run.sh: $what is not one of demo, demo-swarm, test, soak, bench" >&2
 	exit 2
 	;;
 esac
