@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/weftnet/weft/ipam"
 	"github.com/weftnet/weft/store"
 )
 
@@ -99,7 +100,13 @@ func auditOnce(ctx context.Context, c *cli, docker bool) (auditReply, map[store.
 		names[store.NetworkID(n.ID)] = n.Name
 	}
 	found.Differences = append(found.Differences, compareNetworks(plugin, theirs, nets, eps)...)
-	found.Differences = append(found.Differences, compareLeases(plugin, theirs, pools)...)
+	var swarm swarmUse
+	if slices.ContainsFunc(pools, func(p poolReply) bool { return p.Space == ipam.GlobalSpace }) {
+		if swarm, err = c.docker.swarmUse(ctx); err != nil {
+			return found, nil, err
+		}
+	}
+	found.Differences = append(found.Differences, compareLeases(plugin, theirs, pools, swarm)...)
 	return found, names, nil
 }
 
@@ -128,7 +135,7 @@ func compareNetworks(plugin string, theirs []dockerNetwork, ours []networkReply,
 		id := store.NetworkID(t.ID)
 		vni, ok := known[id]
 		switch {
-		case t.Driver != plugin, !ok && t.Scope == "swarm": // Swarm shows managers networks that run elsewhere
+		case t.Driver != plugin, !ok && t.Scope == "swarm" && len(t.Containers) == 0: // Swarm shows managers networks that run elsewhere
 			continue
 		case !ok:
 			add(id, 0, "Docker has it, but it is not recorded; remove and create it again")
@@ -172,48 +179,83 @@ func withoutBits(cidr string) string {
 	return cidr
 }
 
+// owner is the network that Docker gave a pool to.
+type owner struct {
+	net  store.NetworkID
+	used map[netip.Addr]string // by whom
+	// more: others may use it of whom Docker does not tell.
+	more bool
+}
+
+type owners map[netip.Prefix]*owner
+
+// take notes the network's pools with what is used of them.
+func (all owners) take(t dockerNetwork, used map[netip.Addr]string, more bool) {
+	for _, conf := range t.IPAM.Config {
+		p, err := netip.ParsePrefix(conf.Subnet)
+		if err != nil {
+			continue
+		}
+		o := all[p.Masked()]
+		if o == nil {
+			o = &owner{net: store.NetworkID(t.ID), used: map[netip.Addr]string{}}
+			all[p.Masked()] = o
+		}
+		o.more = o.more || more
+		for name, a := range conf.AuxiliaryAddresses {
+			if addr, err := netip.ParseAddr(withoutBits(a)); err == nil {
+				o.used[addr] = "auxiliary address " + name
+			}
+		}
+		for addr, who := range used {
+			if p.Contains(addr) {
+				o.used[addr] = who
+			}
+		}
+	}
+}
+
+func containerAddresses(t dockerNetwork) map[netip.Addr]string {
+	used := map[netip.Addr]string{}
+	for _, c := range t.Containers {
+		for _, a := range []string{c.IPv4Address, c.IPv6Address} {
+			if addr, err := netip.ParseAddr(withoutBits(a)); err == nil {
+				used[addr] = "container " + c.Name
+			}
+		}
+	}
+	return used
+}
+
 // compareLeases compares the pools of our IPAM with the networks that Docker gave
-// them to, whatever their driver.
-func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply) []difference {
+// them to, whatever their driver. In a Swarm the leader has a second pool per
+// network, from which all hosts' addresses come; what another manager has of such
+// pools is from when it was the leader.
+func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply, swarm swarmUse) []difference {
 	var out []difference
 	add := func(n store.NetworkID, format string, args ...any) {
 		out = append(out, difference{Between: betweenLeases, Network: n, Text: fmt.Sprintf(format, args...)})
 	}
-	type owner struct {
-		net  store.NetworkID
-		used map[netip.Addr]string
-	}
-	owners := map[netip.Prefix]*owner{}
+	here, leaders := owners{}, owners{}
 	for _, t := range theirs {
 		if t.IPAM.Driver != plugin {
 			continue
 		}
-		for _, conf := range t.IPAM.Config {
-			p, err := netip.ParsePrefix(conf.Subnet)
-			if err != nil {
-				continue
-			}
-			o := owners[p.Masked()]
-			if o == nil {
-				o = &owner{net: store.NetworkID(t.ID), used: map[netip.Addr]string{}}
-				owners[p.Masked()] = o
-			}
-			for name, a := range conf.AuxiliaryAddresses {
-				if addr, err := netip.ParseAddr(withoutBits(a)); err == nil {
-					o.used[addr] = "auxiliary address " + name
-				}
-			}
-			for _, c := range t.Containers {
-				for _, a := range []string{c.IPv4Address, c.IPv6Address} {
-					if addr, err := netip.ParseAddr(withoutBits(a)); err == nil && p.Contains(addr) {
-						o.used[addr] = "container " + c.Name
-					}
-				}
-			}
+		here.take(t, containerAddresses(t), false)
+		if swarm.active && t.Scope == "swarm" {
+			// Docker does not list the containers that were attached on other hosts.
+			leaders.take(t, swarm.used[store.NetworkID(t.ID)], t.Attachable)
 		}
 	}
 	for _, p := range pools {
-		o := owners[p.Prefix]
+		owned := here
+		if p.Space == ipam.GlobalSpace && swarm.active {
+			if !swarm.leader {
+				continue
+			}
+			owned = leaders
+		}
+		o := owned[p.Prefix]
 		if o == nil {
 			add("", "pool %s is taken, but no network of Docker has it", p.Prefix)
 			continue
@@ -224,7 +266,7 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply) []d
 				continue
 			}
 			leased[l.Address] = true
-			if l.Kind != "gateway" && o.used[l.Address] == "" {
+			if l.Kind != "gateway" && o.used[l.Address] == "" && !o.more {
 				add(o.net, "address %s is leased (%s, since %s), but nothing in Docker has it", l.Address, l.Kind, clock(l.Taken))
 			}
 		}

@@ -29,7 +29,9 @@ type dockerClient struct {
 type (
 	dockerNetwork struct {
 		ID, Name, Driver, Scope string
-		ConfigOnly              bool
+		ConfigOnly, Attachable  bool
+		ConfigFrom              struct{ Network string }
+		Options                 map[string]string
 		IPAM                    struct {
 			Driver string
 			Config []struct {

@@ -20,15 +20,29 @@ func status(ctx context.Context, c *cli) error {
 	if err != nil {
 		return err
 	}
+	var v swarmView
+	if s.Ready {
+		v = c.askSwarm(ctx, s)
+		s.Problems = append(s.Problems, v.problems()...)
+		slices.SortStableFunc(s.Problems, func(a, b problem) int { return cmp.Compare(rank(a), rank(b)) })
+	}
 	wrong := slices.ContainsFunc(s.Problems, func(p problem) bool { return !p.Advice })
 	if !c.print(s) {
 		printProblems(c, s.Problems, wrong)
-		printStatus(c, s)
+		printStatus(c, s, v.text())
 	}
 	if wrong {
 		return errFound
 	}
 	return nil
+}
+
+// rank puts advice last.
+func rank(p problem) int {
+	if p.Advice {
+		return 1
+	}
+	return 0
 }
 
 func printProblems(c *cli, all []problem, wrong bool) {
@@ -48,7 +62,7 @@ func printProblems(c *cli, all []problem, wrong bool) {
 	fmt.Fprintln(c.out)
 }
 
-func printStatus(c *cli, s statusReply) {
+func printStatus(c *cli, s statusReply, swarm string) {
 	rows := [][]string{{"version", fmt.Sprintf("%s, since %s", s.Version, clock(s.Started))}}
 	if !s.Ready {
 		c.table(rows)
@@ -59,6 +73,11 @@ func printStatus(c *cli, s statusReply) {
 		[]string{"underlay", underlayText(s.Underlay)},
 		[]string{"iptables", orDash(s.IPTables)},
 		[]string{"hosts", clusterText(s)},
+	)
+	if swarm != "" {
+		rows = append(rows, []string{"swarm", swarm})
+	}
+	rows = append(rows,
 		[]string{"networks", fmt.Sprintf("%d, with %d endpoints here and %d on peers", s.Records.Networks, s.Records.Endpoints, s.Records.Remote)},
 		[]string{"addresses", fmt.Sprintf("%d in %d pools of Weft's IPAM", s.Records.Leases, s.Records.Pools)},
 		[]string{"kernel", fmt.Sprintf("%d changes in %d passes, %d of them failed", s.Loop.Ops, s.Loop.Passes, s.Loop.Failures)},
@@ -85,8 +104,13 @@ func underlayText(u underlayReply) string {
 }
 
 func clusterText(s statusReply) string {
-	if len(s.Join) == 0 && s.Records.PeersAlive+s.Records.PeersDead+s.Records.PeersHidden == 0 {
-		return "this one alone; WEFT_JOIN names others"
+	if s.Records.PeersAlive+s.Records.PeersDead+s.Records.PeersHidden == 0 {
+		switch {
+		case s.Swarm.Self.IsValid() && len(s.Swarm.Discovered) == 0:
+			return "this one alone in its Swarm"
+		case len(s.Join)+len(s.Swarm.Discovered) == 0:
+			return "this one alone; WEFT_JOIN names others"
+		}
 	}
 	text := fmt.Sprintf("others: %d alive, %d silent", s.Records.PeersAlive, s.Records.PeersDead+s.Records.PeersHidden)
 	if s.Encrypted {
