@@ -34,6 +34,7 @@ func TestInstall(t *testing.T) {
 				}
 			}
 			step("privileges", leastPrivilege)
+			step("command", installsCommand)
 			step("settings", settings)
 			step("every option", everyOption)
 			step("across hosts", acrossHosts)
@@ -174,6 +175,20 @@ func settings(t *testing.T, lab *hosts.Lab) {
 		meets(t, h, len(lab.Hosts)-1)
 	}
 	figure(t, "hosts meet", 1, "%s after enable", time.Since(start).Round(time.Millisecond))
+}
+
+// installsCommand does what the README says, into folders of the test's.
+func installsCommand(t *testing.T, lab *hosts.Lab) {
+	h, dir := lab.Hosts[0], t.TempDir()
+	const script = `"$(docker info -f '{{.DockerRootDir}}')/plugins/$(docker plugin inspect -f '{{.ID}}' weft:latest)/rootfs/bin/weft" install --bin-dir "$0" --cli-plugin-dir "$0/cli-plugins"`
+	if out, err := h.Exec(t.Context(), "sh", "-c", script, dir); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, command := range [][]string{{filepath.Join(dir, "weft"), "version"}, {"docker", "--config", dir, "weft", "version"}} {
+		if out, err := h.Exec(t.Context(), command...); err != nil || strings.Count(out, "test") != 2 {
+			t.Errorf("%v: %v\n%s; want the versions of command and plugin", command, err, out)
+		}
+	}
 }
 
 // meets waits until the host knows n living peers and has read their records.
