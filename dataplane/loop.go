@@ -27,6 +27,9 @@ const (
 	retryFirst = 500 * time.Millisecond
 	retryLast  = 30 * time.Second
 	passLimit  = 20 * time.Second
+	// endLimit bounds what is done when the process was told to end: Docker waits
+	// ten seconds for it.
+	endLimit = 3 * time.Second
 )
 
 // Loop makes the kernel match the store. It is the only caller of Kernel.Apply.
@@ -119,7 +122,8 @@ func NewLoop(db *store.DB, k Kernel, address func() netip.Addr, inSync func() bo
 // Ready is closed after the first pass over everything.
 func (l *Loop) Ready() <-chan struct{} { return l.ready }
 
-// Run works until ctx ends. It returns nil then.
+// Run works until ctx ends, and then on what the records already ask for, for endLimit
+// at most. It returns nil.
 func (l *Loop) Run(ctx context.Context) error {
 	events := l.kernel.Watch(ctx)
 	audit := time.NewTicker(auditEvery)
@@ -160,7 +164,24 @@ func (l *Loop) Run(ctx context.Context) error {
 		}
 		timer.Stop()
 	}
+	l.finish(context.WithoutCancel(ctx))
 	return nil
+}
+
+// finish does what no call of Docker waits for, the removal of networks above all:
+// nobody does it later if the plugin is removed now.
+func (l *Loop) finish(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, endLimit)
+	defer cancel()
+	l.takeRecords()
+	for v, n := range l.networks {
+		if n.changed && v != store.HostVNI {
+			_, _ = l.pass(ctx, v) // the next process finds what fails
+		}
+	}
+	if l.network(store.HostVNI).changed {
+		_, _ = l.pass(ctx, store.HostVNI)
+	}
 }
 
 func (l *Loop) network(v store.VNI) *network {

@@ -52,7 +52,7 @@ func settingTable() []setting {
 			func(s *settings, v string) (err error) { s.keyText = v; _, err = parseKey(v); return err }},
 		{"WEFT_KEY_FILE", "", "file with the cluster key, as the plugin sees it: `/var/lib/weft/cluster.key` is `<docker root>/plugins/<id>/propagated-mount/cluster.key` on the host",
 			func(s *settings, v string) error { s.keyFile = v; return nil }},
-		{"WEFT_SCOPE", "local", "`global`: a Swarm's managers create networks for all its hosts (the same on all, in a Swarm alone; restart dockerd after a change); `local`: each host creates its own",
+		{"WEFT_SCOPE", "local", "`global`: a Swarm's managers create networks for all its hosts (the same on all, in a Swarm alone; restart dockerd after a change from `global`); `local`: each host creates its own",
 			setWord(func(s *settings) *string { return &s.scope }, "local", "global")},
 		{"WEFT_ADDRESS", "", "address by which other hosts reach this one; empty: in a Swarm the one it advertises, else that of the default route", setAddress},
 		{"WEFT_PORT", strconv.Itoa(defaultPort), "port of gossip, UDP and TCP", setPort(func(s *settings) *uint16 { return &s.port })},

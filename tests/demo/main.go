@@ -149,9 +149,12 @@ func (d demo) look(a, b *hosts.Host) error {
 			[]string{"plugin", "disable", hosts.PluginName}, []string{"plugin", "rm", hosts.PluginName}); err != nil {
 			return err
 		}
-		out, err := d.Exec(h, "sh", "-c", "ip -br link; iptables-save | grep -c WEFT")
-		if strings.Contains(out, "weft") {
-			return fmt.Errorf("links are left on %s: %s %w", h.Name, out, err)
+		out, err := d.Exec(h, "sh", "-c", "ip -br link; iptables-save | grep -i weft || echo no rules of Weft")
+		if err != nil {
+			return err
+		}
+		if strings.Contains(strings.ReplaceAll(out, "no rules of Weft", ""), "weft") || !strings.Contains(out, "no rules of Weft") {
+			return fmt.Errorf("links or rules are left on %s: %s", h.Name, out)
 		}
 	}
 	d.OK("containers, network and plugin removed; no link or rule of Weft's is left on the hosts")
