@@ -1,0 +1,272 @@
+package gossip
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/memberlist"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/weftnet/weft/store"
+)
+
+// replayed is a peer for a plugin under test: a real member with a signed record,
+// and a real record stream on a database. But it knows only itself and the plugin,
+// and fetches nothing, so that a thousand of them fit into one process; to the
+// plugin they are a cluster. What such a cluster would send to one host, probes and
+// push/pull, is spread over all of them; of gossip each message comes once instead
+// of some ten times.
+type replayed struct {
+	c    *Cluster
+	addr netip.Addr
+	cfg  replayConfig
+	made map[int]int // endpoints by network
+	nets []store.VNI
+}
+
+// replayConfig is the shape of a replayed cluster.
+type replayConfig struct {
+	peers, networks, perNetwork int        // perNetwork: endpoints of one peer in each
+	first                       netip.Addr // of the peers; the others follow
+	plugin                      netip.Addr
+	port, dataPort              uint16
+}
+
+// Every peer runs every network; network k is 10.(100+k).0.0/16.
+const replayVNI store.VNI = 7001
+
+func replayPrefix(k int) netip.Prefix {
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(100 + k), 0, 0}), 16)
+}
+
+// onlyPlugin lets nobody become a member but the plugin and the peer itself.
+type onlyPlugin struct{ *delegate }
+
+// NotifyAlive implements memberlist.AliveDelegate.
+func (o onlyPlugin) NotifyAlive(n *memberlist.Node) error {
+	ip, _ := netip.AddrFromSlice(n.Addr)
+	if p := o.c.cfg.Join[0]; ip.Unmap().String() != p && n.Name != o.name {
+		return errors.New("another peer")
+	}
+	return o.delegate.NotifyAlive(n)
+}
+
+func newReplayed(dir string, i int, cfg replayConfig) (*replayed, error) {
+	p := &replayed{addr: cfg.first, cfg: cfg, made: map[int]int{}}
+	for range i {
+		p.addr = p.addr.Next()
+	}
+	id := simIdentity(i)
+	db, err := store.Open(filepath.Join(dir, fmt.Sprint(i), "weft.db"),
+		store.Host{ID: id.ID, Name: fmt.Sprintf("peer%d", i), Address: p.addr, DataPort: cfg.dataPort, Version: "replayed"})
+	if err != nil {
+		return nil, err
+	}
+	err = db.Update(context.Background(), func(tx *store.Tx) error {
+		for k := range cfg.networks {
+			v := replayVNI + store.VNI(k)
+			p.nets = append(p.nets, v)
+			if err := tx.PutNetwork(store.Network{ID: networkID(v), VNI: v, Mode: "vxlan",
+				Subnets: []store.Subnet{{Pool: replayPrefix(k)}}}); err != nil {
+				return err
+			}
+			for range cfg.perNetwork {
+				if err := p.put(tx, i, k); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.c, err = New(Config{DB: db, Identity: id, Port: cfg.port, DataPort: cfg.dataPort, Join: []string{cfg.plugin.String()},
+		Key: bytes.Repeat([]byte{7}, KeyBytes)})
+	return p, err
+}
+
+// put makes one more endpoint of peer i in network k.
+func (p *replayed) put(tx *store.Tx, i, k int) error {
+	n := 256 + i*(p.cfg.perNetwork+20) + p.made[k]
+	name := fmt.Sprintf("%08x%08x%048x", i, k, p.made[k])
+	p.made[k]++
+	a := replayPrefix(k).Addr().As4()
+	a[2], a[3] = byte(n>>8), byte(n)
+	_, err := tx.PutEndpoint(store.Endpoint{ID: store.EndpointID(name), Network: networkID(p.nets[k]), VNI: p.nets[k],
+		MAC: store.DeriveMAC(name), IPv4: netip.PrefixFrom(netip.AddrFrom4(a), 16)})
+	return err
+}
+
+// run takes part until ctx ends.
+func (p *replayed) run(ctx context.Context) error {
+	c := p.c
+	l, err := c.under.listen(netip.AddrPortFrom(p.addr, p.cfg.dataPort))
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	logger := log.New(io.Discard, "", 0)
+	port, err := c.under.gossip(netip.AddrPortFrom(p.addr, p.cfg.port), logger)
+	if err != nil {
+		return err
+	}
+	c.renew(p.addr, 0)
+	d := onlyPlugin{&delegate{c: c, name: c.memberName()}}
+	g, ctx := errgroup.WithContext(ctx)
+	conf := c.memberConfig(p.addr, d.delegate, logger, &transport{NodeAwareTransport: port, c: c, ctx: ctx, local: p.addr})
+	conf.Alive = d
+	conf.ProbeInterval *= time.Duration(p.cfg.peers)
+	conf.PushPullInterval = 3 * time.Minute * time.Duration(p.cfg.peers)
+	watch := c.db.Watch()
+	if err := c.publish(); err != nil {
+		return err
+	}
+	list, err := memberlist.Create(conf)
+	if err != nil {
+		return errors.Join(err, port.Shutdown())
+	}
+	g.Go(func() error { return c.newServer().serve(ctx, l) })
+	g.Go(func() error { return c.announce(ctx, watch) })
+	g.Go(func() error {
+		for tick := time.NewTicker(jitter(2 * time.Second)); ; {
+			if c.table.size() == 1 {
+				_, _ = list.Join(c.cfg.Join) // tried again
+			}
+			select {
+			case <-ctx.Done():
+				tick.Stop()
+				return nil
+			case <-tick.C:
+			}
+		}
+	})
+	return errors.Join(g.Wait(), list.Shutdown(), c.db.Close())
+}
+
+// replay runs peers until ctx ends, and calls ready when they have their endpoints.
+func replay(ctx context.Context, dir string, cfg replayConfig, ready func([]*replayed)) error {
+	g, ctx := errgroup.WithContext(ctx)
+	var peers []*replayed
+	for i := range cfg.peers {
+		p, err := newReplayed(dir, i, cfg)
+		if err != nil {
+			return err
+		}
+		peers = append(peers, p)
+	}
+	for _, p := range peers {
+		g.Go(func() error { return p.run(ctx) })
+	}
+	ready(peers)
+	return g.Wait()
+}
+
+// TestReplay: a host sees replayed peers as it sees others.
+//
+// With WEFT_REPLAY set it is not a test but the peers of tests/sim: the variable
+// says "peers networks perNetwork first plugin port dataPort", and each line of the
+// standard input is the number of changes per second and for how many seconds.
+// It ends with the input.
+func TestReplay(t *testing.T) {
+	if text := os.Getenv("WEFT_REPLAY"); text != "" {
+		serveReplay(t, text)
+		return
+	}
+	s := newSegment()
+	h := newHost(t, s.addr(1))
+	h.cfg.Key = bytes.Repeat([]byte{7}, KeyBytes)
+	h.start()
+	h.update(func(tx *store.Tx) error {
+		return tx.PutNetwork(store.Network{ID: "wide", VNI: replayVNI, Mode: "vxlan", Subnets: []store.Subnet{{Pool: replayPrefix(0)}}})
+	})
+	ctx, stop := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	var peers []*replayed
+	ready := make(chan struct{})
+	cfg := replayConfig{peers: 5, networks: 2, perNetwork: 3, first: s.addr(2), plugin: s.addr(1), port: testPort, dataPort: testDataPort}
+	dir := t.TempDir()
+	go func() {
+		done <- replay(ctx, dir, cfg, func(p []*replayed) { peers = p; close(ready) })
+	}()
+	defer func() {
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	sees := func(want int) {
+		t.Helper()
+		waitFor(t, soon, func() error {
+			if n := len(h.sees(replayVNI)); n != want {
+				return fmt.Errorf("host sees %d endpoints, want %d", n, want)
+			}
+			return nil
+		})
+	}
+	sees(15)
+	<-ready
+	change(t, peers, rand.New(rand.NewPCG(1, 1)), 0)
+	sees(16)
+	if n := h.c.Stats().Members; n != 6 {
+		t.Errorf("host has %d members, want 6", n)
+	}
+}
+
+// change makes an endpoint on a random peer, in network k.
+func change(t *testing.T, peers []*replayed, rnd *rand.Rand, k int) {
+	i := rnd.IntN(len(peers))
+	if err := peers[i].c.db.Update(context.Background(), func(tx *store.Tx) error { return peers[i].put(tx, i, k) }); err != nil {
+		t.Error(err)
+	}
+}
+
+func serveReplay(t *testing.T, text string) {
+	var cfg replayConfig
+	var first, plugin string
+	if _, err := fmt.Sscan(text, &cfg.peers, &cfg.networks, &cfg.perNetwork, &first, &plugin, &cfg.port, &cfg.dataPort); err != nil {
+		t.Fatalf("WEFT_REPLAY: %v", err)
+	}
+	cfg.first, cfg.plugin = netip.MustParseAddr(first), netip.MustParseAddr(plugin)
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	var asked sync.WaitGroup
+	ready := func(peers []*replayed) {
+		fmt.Println("replay: ready")
+		asked.Go(func() {
+			defer stop()
+			rnd := rand.New(rand.NewPCG(1, 1))
+			for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+				var rate, seconds int
+				if _, err := fmt.Sscan(strings.TrimSpace(in.Text()), &rate, &seconds); err != nil || rate < 1 {
+					t.Errorf("%q: %v", in.Text(), err)
+					return
+				}
+				tick := time.NewTicker(time.Second / time.Duration(rate))
+				for range rate * seconds {
+					change(t, peers, rnd, rnd.IntN(cfg.networks))
+					<-tick.C
+				}
+				tick.Stop()
+				fmt.Println("replay: done")
+			}
+		})
+	}
+	if err := replay(ctx, t.TempDir(), cfg, ready); err != nil {
+		t.Error(err)
+	}
+	asked.Wait()
+}
