@@ -78,8 +78,8 @@ func mayBeGiven(pool netip.Prefix, a netip.Addr) error {
 // database may have been lost while Docker kept the network.
 //
 // Asking again for the gateway gives the same answer. An asked-for address that
-// is taken is refused with its holder, except in Swarm (option serial), where the
-// leader has decided and this host confirms.
+// is taken is refused with its holder, except in Swarm (option serial or ofSwarm),
+// where the leader has decided and this host confirms.
 func (i *IPAM) RequestAddress(ctx context.Context, r api.RequestAddressRequest) (api.RequestAddressResponse, error) {
 	q, err := parseAddressRequest(r)
 	if err != nil {
@@ -135,6 +135,11 @@ func (i *IPAM) choose(tx *store.Tx, q addressRequest) (c choice, err error) {
 	if c.pool, c.again, err = i.pool(tx, q.pool); err != nil {
 		return c, err
 	}
+	_, chosen, err := ofSwarm(tx, c.pool)
+	if err != nil {
+		return c, err
+	}
+	q.serial = q.serial || chosen
 	c.next = c.pool.Next
 	if c.book, err = i.book(tx, c.pool.ID); err != nil {
 		return c, err

@@ -185,7 +185,11 @@ func (i *IPAM) requestPool(ctx context.Context, r api.RequestPoolRequest) (p sto
 		if p, err = i.choosePool(tx, want, routes, r.V6); err != nil {
 			return nil, err
 		}
-		if !serial(r.Options) {
+		has, _, err := ofSwarm(tx, p)
+		if err != nil {
+			return nil, err
+		}
+		if !serial(r.Options) && !has {
 			p.Refs++
 		} else if again := p.Refs > 0; p.Space == GlobalSpace && again {
 			if err := i.doubt(tx, p.ID); err != nil {
@@ -282,6 +286,26 @@ func allocated(tx *store.Tx, p store.Pool) (bool, error) {
 	}
 	all, err := tx.Allocations()
 	return slices.ContainsFunc(all, func(a store.Allocation) bool { return slices.Contains(a.Prefixes, p.Prefix) }), err
+}
+
+// swarmID is the length of the id that Swarm gives a network.
+const swarmID = 25
+
+// ofSwarm reports whether a network of Swarm on this host has a pool of the local
+// space, and whether Swarm chooses its addresses. Docker marks what a host asks for
+// with optSerial only where the user gave an --ipam-opt, and asks for the pool again
+// after a kill, so the records have to tell.
+func ofSwarm(tx *store.Tx, p store.Pool) (has, chooses bool, err error) {
+	if p.Space != LocalSpace {
+		return false, false, nil
+	}
+	networks, err := tx.Networks()
+	for _, n := range networks {
+		if len(n.ID) == swarmID && slices.Contains(n.Prefixes(), p.Prefix) {
+			return true, len(n.Key) > 0, nil
+		}
+	}
+	return false, false, err
 }
 
 // newPool completes the record of a pool with space, prefix and sub-pool.

@@ -165,6 +165,33 @@ func TestLeadersComeAndGo(t *testing.T) {
 	t.Logf("SCORE addresses of a Swarm through deaths of its leader | runs %d | %d tasks, %d releases lost: 0 addresses twice, 0 lost", kills, started, s.lost)
 }
 
+// Without an --ipam-opt Docker does not mark what a host asks for as Swarm's. After
+// a kill it asks for the pool again, releases it once, and may give an address that
+// the host still holds to another task there.
+func TestKilledHostOfSwarmAsksAgain(t *testing.T) {
+	b := newBed(t)
+	id := b.pool(t, swarmPool, "")
+	b.must(t, id, "10.90.0.1", optType, typeGateway)
+	b.write(t, func(tx *store.Tx) error {
+		return tx.PutNetwork(store.Network{ID: "py3nh9xxgh2f5qv9czpsgmk37", VNI: 5000, Mode: "vxlan", Key: make([]byte, 32),
+			Subnets: []store.Subnet{{Pool: netip.MustParsePrefix(swarmPool)}}})
+	})
+	b.must(t, id, "10.90.0.9")
+
+	if got := b.pool(t, swarmPool, ""); got != id {
+		t.Fatalf("the pool is %s, was %s", got, id)
+	}
+	b.must(t, id, "10.90.0.1", optType, typeGateway)
+	if got := b.must(t, id, "10.90.0.9"); got != "10.90.0.9/22" {
+		t.Errorf("the host is answered %s for what Swarm chose", got)
+	}
+	b.releasePool(t, id)
+	pools, err := b.Status()
+	if err != nil || len(pools) > 0 {
+		t.Errorf("%v: after the network's end these pools are left: %+v", err, pools)
+	}
+}
+
 // A second network with the subnet of the first is refused by AllocateNetwork; what
 // Docker then gives back must not be the first one's.
 func TestRefusedNetworkKeepsTheFirstOnesPool(t *testing.T) {
