@@ -5,7 +5,7 @@ TAGS ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 export CGO_ENABLED = 0
 
-.PHONY: help build plugin demo demo-swarm test soak bench lint
+.PHONY: help build plugin demo demo-swarm test soak bench sim lint
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ soak: ## the full numbers of the scorecard; takes hours
 
 bench: ## speed against Docker's own networks, as ratios
 	tests/run.sh bench
+
+sim: ## the control plane of 25 to 5,000 hosts, simulated; takes most of an hour
+	tests/run.sh sim
 
 lint: ## golangci-lint with .golangci.yml
 	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0 run

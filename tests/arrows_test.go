@@ -28,6 +28,7 @@ var arrows = map[string][]string{
 	"tests/demo":           {"tests/hosts", "tests/show"},
 	"tests/demoswarm":      {"tests/hosts", "tests/show"},
 	"tests/bench":          {"tests/hosts"},
+	"tests/sim":            {},
 }
 
 // owners says which package alone may import a dependency, and why.

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# run.sh demo|demo-swarm|test|soak|bench: installs what is missing, by package name, and
+# run.sh demo|demo-swarm|test|soak|bench|sim: installs what is missing, by package name, and
 # runs one of make's targets as root. It leaves nothing behind but the packages,
 # Go's caches and the built newest engine in the user's cache.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:?demo, demo-swarm, test, soak or bench}
+what=${1:?demo, demo-swarm, test, soak, bench or sim}
 
 if [ "$(id -u)" != 0 ]; then
 	echo "run.sh: network namespaces and dockerd need root; asking sudo" >&2
@@ -66,8 +66,15 @@ test | soak)
 bench)
 	exec go run ./tests/bench
 	;;
+sim)
+	# The figures of the simulated clusters are what the model is checked with.
+	export WEFT_SIM=$PWD/build/sim WEFT_TEST_MUST=root
+	mkdir -p "$WEFT_SIM"
+	go test -timeout 6h -v -run 'TestScale' ./store/gossip
+	exec go test -timeout 2h -v ./tests/sim
+	;;
 *)
-	echo "run.sh: $what is not one of demo, demo-swarm, test, soak, bench" >&2
+	echo "run.sh: $what is not one of demo, demo-swarm, test, soak, bench, sim" >&2
 	exit 2
 	;;
 esac

@@ -24,12 +24,14 @@ import (
 )
 
 // replayed is a peer for a plugin under test: a real member with a signed record,
-// and a real record stream on a database. But it knows only itself and the plugin,
-// and fetches nothing, so that a thousand of them fit into one process; to the
-// plugin they are a cluster. What such a cluster would send to one host, probes and
-// push/pull, is spread over all of them; of gossip each message comes once instead
-// of some ten times.
+// and a real record stream on a database. But it knows only itself, the plugin and
+// the first peer, and fetches nothing, so that a thousand of them fit into one
+// process; to the plugin they are a cluster. The first one knows all, and the plugin
+// learns of all from it at once, as from any host of a cluster. What a cluster would
+// send to one host, probes and push/pull, is spread over all of them; of gossip each
+// message comes once instead of some ten times.
 type replayed struct {
+	meet chan struct{} // cap 1: the plugin has started
 	c    *Cluster
 	addr netip.Addr
 	cfg  replayConfig
@@ -52,20 +54,38 @@ func replayPrefix(k int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(100 + k), 0, 0}), 16)
 }
 
-// onlyPlugin lets nobody become a member but the plugin and the peer itself.
-type onlyPlugin struct{ *delegate }
+// meetAfter spreads the peers' push/pull with a plugin that started.
+const meetAfter = 20 * time.Second
+
+// fewMembers lets only some become members, and tells of the plugin.
+type fewMembers struct {
+	*delegate
+	p    *replayed
+	tell chan<- record // nil for all but the first peer
+}
 
 // NotifyAlive implements memberlist.AliveDelegate.
-func (o onlyPlugin) NotifyAlive(n *memberlist.Node) error {
+func (f fewMembers) NotifyAlive(n *memberlist.Node) error {
 	ip, _ := netip.AddrFromSlice(n.Addr)
-	if p := o.c.cfg.Join[0]; ip.Unmap().String() != p && n.Name != o.name {
+	if a := ip.Unmap(); f.tell == nil && a != f.p.cfg.plugin && a != f.p.cfg.first && a != f.p.addr {
 		return errors.New("another peer")
 	}
-	return o.delegate.NotifyAlive(n)
+	return f.delegate.NotifyAlive(n)
+}
+
+// NotifyJoin implements memberlist.EventDelegate.
+func (f fewMembers) NotifyJoin(n *memberlist.Node) { f.NotifyUpdate(n) }
+
+// NotifyUpdate implements memberlist.EventDelegate.
+func (f fewMembers) NotifyUpdate(n *memberlist.Node) {
+	f.delegate.NotifyUpdate(n)
+	if r, err := f.c.verify(n.Name, n.Meta); err == nil && f.tell != nil && r.Address == f.p.cfg.plugin {
+		f.tell <- r
+	}
 }
 
 func newReplayed(dir string, i int, cfg replayConfig) (*replayed, error) {
-	p := &replayed{addr: cfg.first, cfg: cfg, made: map[int]int{}}
+	p := &replayed{addr: cfg.first, cfg: cfg, made: map[int]int{}, meet: make(chan struct{}, 1)}
 	for range i {
 		p.addr = p.addr.Next()
 	}
@@ -94,7 +114,7 @@ func newReplayed(dir string, i int, cfg replayConfig) (*replayed, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.c, err = New(Config{DB: db, Identity: id, Port: cfg.port, DataPort: cfg.dataPort, Join: []string{cfg.plugin.String()},
+	p.c, err = New(Config{DB: db, Identity: id, Port: cfg.port, DataPort: cfg.dataPort, Join: []string{cfg.first.String()},
 		Key: bytes.Repeat([]byte{7}, KeyBytes)})
 	return p, err
 }
@@ -111,8 +131,8 @@ func (p *replayed) put(tx *store.Tx, i, k int) error {
 	return err
 }
 
-// run takes part until ctx ends.
-func (p *replayed) run(ctx context.Context) error {
+// run takes part until ctx ends. Joined is called when it has met the first peer.
+func (p *replayed) run(ctx context.Context, tell chan<- record, joined func()) error {
 	c := p.c
 	l, err := c.under.listen(netip.AddrPortFrom(p.addr, p.cfg.dataPort))
 	if err != nil {
@@ -125,10 +145,10 @@ func (p *replayed) run(ctx context.Context) error {
 		return err
 	}
 	c.renew(p.addr, 0)
-	d := onlyPlugin{&delegate{c: c, name: c.memberName()}}
+	d := fewMembers{&delegate{c: c, name: c.memberName()}, p, tell}
 	g, ctx := errgroup.WithContext(ctx)
 	conf := c.memberConfig(p.addr, d.delegate, logger, &transport{NodeAwareTransport: port, c: c, ctx: ctx, local: p.addr})
-	conf.Alive = d
+	conf.Alive, conf.Events = d, d
 	conf.ProbeInterval *= time.Duration(p.cfg.peers)
 	conf.PushPullInterval = 3 * time.Minute * time.Duration(p.cfg.peers)
 	watch := c.db.Watch()
@@ -142,22 +162,32 @@ func (p *replayed) run(ctx context.Context) error {
 	g.Go(func() error { return c.newServer().serve(ctx, l) })
 	g.Go(func() error { return c.announce(ctx, watch) })
 	g.Go(func() error {
-		for tick := time.NewTicker(jitter(2 * time.Second)); ; {
-			if c.table.size() == 1 {
-				_, _ = list.Join(c.cfg.Join) // tried again
-			}
+		for p.addr != p.cfg.first && c.table.size() == 1 && ctx.Err() == nil {
+			_, _ = list.Join(c.cfg.Join) // tried again
+			idle(ctx, jitter(time.Second))
+		}
+		joined()
+		for {
 			select {
 			case <-ctx.Done():
-				tick.Stop()
 				return nil
-			case <-tick.C:
+			case <-p.meet:
+				idle(ctx, rand.N(meetAfter))
+				_, _ = list.Join([]string{p.cfg.plugin.String()}) // it may be gone again
 			}
 		}
 	})
 	return errors.Join(g.Wait(), list.Shutdown(), c.db.Close())
 }
 
-// replay runs peers until ctx ends, and calls ready when they have their endpoints.
+func idle(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// replay runs peers until ctx ends, and calls ready when they know each other.
 func replay(ctx context.Context, dir string, cfg replayConfig, ready func([]*replayed)) error {
 	g, ctx := errgroup.WithContext(ctx)
 	var peers []*replayed
@@ -168,9 +198,38 @@ func replay(ctx context.Context, dir string, cfg replayConfig, ready func([]*rep
 		}
 		peers = append(peers, p)
 	}
-	for _, p := range peers {
-		g.Go(func() error { return p.run(ctx) })
+	tell := make(chan record, 64)
+	var joined sync.WaitGroup
+	joined.Add(len(peers))
+	for i, p := range peers {
+		g.Go(func() error {
+			var once sync.Once
+			done := func() { once.Do(joined.Done) }
+			defer done() // also when it cannot even bind
+			if i == 0 {
+				return p.run(ctx, tell, done)
+			}
+			return p.run(ctx, nil, done)
+		})
 	}
+	g.Go(func() error {
+		boot := uint64(0)
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case r := <-tell:
+				for _, p := range peers {
+					p.c.table.joined(r) // it may ask for records at once
+					if r.Boot != boot {
+						poke(p.meet)
+					}
+				}
+				boot = r.Boot
+			}
+		}
+	})
+	joined.Wait()
 	ready(peers)
 	return g.Wait()
 }
@@ -187,7 +246,7 @@ func TestReplay(t *testing.T) {
 		return
 	}
 	s := newSegment()
-	h := newHost(t, s.addr(1))
+	h := newHost(t, s.addr(1), s.addr(2))
 	h.cfg.Key = bytes.Repeat([]byte{7}, KeyBytes)
 	h.start()
 	h.update(func(tx *store.Tx) error {

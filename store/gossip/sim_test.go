@@ -26,7 +26,7 @@ const (
 	wideOnHost             = 2
 	smallOnHost            = 12
 	perHost                = wideOnHost + smallNets*smallOnHost // endpoints
-	bootEvery              = 100 * time.Millisecond             // between the starts of two hosts
+	bootEvery              = 100 * time.Millisecond             // between the starts of two hosts, about
 	simMost                = 10 * time.Minute                   // for any one thing to become true
 	simJoinHosts           = 3                                  // in everybody's list
 	simJoins               = 3                                  // hosts that come later

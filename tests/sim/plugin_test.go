@@ -61,7 +61,7 @@ func TestOneHostOfMany(t *testing.T) {
 	begun, cpu := time.Now(), h.cpu()
 	r.connect()
 	h.awaitEndpoints(endpoints)
-	figure(t, "layer C: first program of all remote state from nothing", "%.1f s, %.1f s of processor", time.Since(begun).Seconds(), h.cpu()-cpu)
+	figure(t, "layer C: first program of all remote state from nothing", "%.1f s, %.1f s of processor, %d passes", time.Since(begun).Seconds(), h.cpu()-cpu, h.status().Loop.Passes)
 	h.mustAgree()
 	figure(t, "layer C: memory", "%d MB, %d MB at most", h.memory("VmRSS"), h.memory("VmHWM"))
 
@@ -302,7 +302,7 @@ func (h *onePlugin) call(method, body string) {
 
 type status struct {
 	Records struct{ Remote, PeersAlive int }
-	Loop    struct{ Ops uint64 }
+	Loop    struct{ Passes, Ops uint64 }
 }
 
 func (h *onePlugin) status() (s status) {
