@@ -1,0 +1,182 @@
+package tests
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft/tests/hosts"
+)
+
+// TestSwarmRandom does random things to a Swarm, kills and cuts among them, and
+// then compares Docker, records and kernel on every host. The same seed does the
+// same things.
+func TestSwarmRandom(t *testing.T) {
+	t.Parallel()
+	long, seed := 20*time.Second, uint64(3)
+	if soak() {
+		long = 10 * time.Minute
+	}
+	s := newSwarm(t, engines(t)["newest"], false, "WEFT_SCOPE=global")
+	r := &random{swarm: s, rand: rand.New(rand.NewPCG(seed, seed)), services: map[string]int{}}
+	defer func() { t.Logf("it did: %s", strings.Join(r.did, ", ")) }()
+	for end := time.Now().Add(long); time.Now().Before(end); {
+		r.step(t)
+	}
+	r.recover(t)
+	leader := s.leader(t, nil)
+	for name, n := range r.services {
+		s.noStale(t, leader, name, n)
+		tasks := s.tasks(t, leader, name, n)
+		s.mesh(t, r.networkOf(name), tasks)
+	}
+	s.settled(t)
+	duplicates := s.duplicates(t, s.lab.Hosts...)
+	figure(t, "swarm: random operations for "+long.String(), len(r.did), "seed %d: %d networks and %d services at the end; differences on 3 hosts 0, duplicate addresses %d (target 0)",
+		seed, len(r.networks), len(r.services), duplicates)
+	for name := range r.services {
+		r.docker(t, leader, "service", "rm", name)
+	}
+	removeUnused(t, leader, r.networks...)
+	s.forgotten(t)
+	s.nothingLeft(t)
+}
+
+// random is what was done so far. Each service is on the network that its name
+// begins with.
+type random struct {
+	*swarm
+	rand     *rand.Rand
+	made     int // networks and services
+	networks []string
+	services map[string]int // tasks
+	did      []string
+}
+
+func (r *random) networkOf(service string) string { return strings.Split(service, "-")[0] }
+
+// names of the services in order: the same seed chooses the same.
+func (r *random) names() []string {
+	var names []string
+	for n := range r.services {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// docker repeats a command of Swarm until it succeeds: a manager without a leader
+// refuses.
+func (r *random) docker(t *testing.T, h *hosts.Host, args ...string) {
+	t.Helper()
+	eventually(t, 90*time.Second, "docker "+strings.Join(args, " "), func(ctx context.Context) error {
+		_, err := h.Docker(ctx, args...)
+		return err
+	})
+}
+
+// step does one thing. Swarm is not given the time to finish it.
+func (r *random) step(t *testing.T) {
+	host := r.lab.Hosts[r.rand.IntN(3)]
+	names := r.names()
+	what := r.rand.IntN(10)
+	switch {
+	case what == 0 && len(r.networks) < 4 || len(r.networks) == 0:
+		r.made++
+		name := fmt.Sprintf("net%d", r.made)
+		args := []string{"network", "create", "-d", hosts.PluginName, "--attachable", "--subnet", fmt.Sprintf("10.%d.0.0/24", 60+r.made%100)}
+		if r.rand.IntN(2) == 0 {
+			args = append(args, "--ipam-driver", hosts.PluginName)
+		}
+		r.docker(t, host, append(args, name)...)
+		r.networks = append(r.networks, name)
+		r.did = append(r.did, "create "+name)
+	case what <= 2 && len(names) < 5 || len(names) == 0:
+		r.made++
+		name, n := fmt.Sprintf("%s-%d", r.networks[r.rand.IntN(len(r.networks))], r.made), 1+r.rand.IntN(4)
+		r.leader(t, nil) // without one it is refused
+		r.createService(t, host, name, "--replicas", fmt.Sprint(n), "--network", r.networkOf(name))
+		r.services[name] = n
+		r.did = append(r.did, fmt.Sprintf("create %s of %d on %s", name, n, host.Name))
+	case what <= 4:
+		name, n := names[r.rand.IntN(len(names))], r.rand.IntN(8)
+		r.docker(t, host, "service", "scale", "--detach", fmt.Sprintf("%s=%d", name, n))
+		r.services[name] = n
+		r.did = append(r.did, fmt.Sprintf("scale %s to %d", name, n))
+	case what == 5:
+		name := names[r.rand.IntN(len(names))]
+		r.docker(t, host, "service", "update", "--detach", "--no-resolve-image", "--force", name)
+		r.did = append(r.did, "update "+name)
+	case what == 6:
+		name := names[r.rand.IntN(len(names))]
+		r.docker(t, host, "service", "rm", name)
+		delete(r.services, name)
+		r.did = append(r.did, "remove "+name)
+	case what == 7:
+		// Docker disables a plugin that dies within half a second of its start.
+		if err := started(t.Context(), host); err != nil {
+			t.Fatal(err)
+		}
+		old, err := host.KillPlugin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := served(t.Context(), host, old); err != nil {
+			t.Fatal(err)
+		}
+		r.did = append(r.did, "kill the plugin on "+host.Name)
+	case what == 8:
+		r.docker(t, host, "node", "update", "--availability", "drain", r.lab.Hosts[r.rand.IntN(3)].Name)
+		r.active(t, host)
+		r.did = append(r.did, "drain")
+	default:
+		r.outage(t, host)
+	}
+}
+
+// outage kills the host's dockerd or takes it off the cable, and undoes that once
+// the others have a leader. Two of three go on.
+func (r *random) outage(t *testing.T, h *hosts.Host) {
+	t.Helper()
+	if r.rand.IntN(2) == 0 {
+		r.did = append(r.did, "kill dockerd on "+h.Name)
+		if err := h.KillDockerd(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		r.leader(t, h)
+		if err := h.StartDockerd(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	} else {
+		r.did = append(r.did, "cut off "+h.Name)
+		if err := r.lab.Underlay.Cut(t.Context(), h); err != nil {
+			t.Fatal(err)
+		}
+		r.leader(t, h)
+		if err := r.lab.Underlay.Heal(t.Context(), h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, 90*time.Second, "host "+h.Name+" is a manager again", func(ctx context.Context) error {
+		_, err := h.Nodes(ctx)
+		return err
+	})
+}
+
+func (r *random) active(t *testing.T, asked *hosts.Host) {
+	t.Helper()
+	for _, h := range r.lab.Hosts {
+		r.docker(t, asked, "node", "update", "--availability", "active", h.Name)
+	}
+}
+
+// recover waits until all hosts are members that take tasks.
+func (r *random) recover(t *testing.T) {
+	t.Helper()
+	r.ready(t)
+	r.active(t, r.lab.Hosts[0])
+}
