@@ -173,7 +173,11 @@ func (p *replayed) run(ctx context.Context, tell chan<- record, joined func()) e
 				return nil
 			case <-p.meet:
 				idle(ctx, rand.N(meetAfter))
-				_, _ = list.Join([]string{p.cfg.plugin.String()}) // it may be gone again
+				// Itself, the first and the plugin.
+				for tries := 0; list.NumMembers() < 3 && tries < 30 && ctx.Err() == nil; tries++ {
+					_, _ = list.Join([]string{p.cfg.plugin.String()}) // it may be busy, or gone again
+					idle(ctx, jitter(2*time.Second))
+				}
 			}
 		}
 	})

@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"container/heap"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -68,6 +69,7 @@ type model struct {
 	born     []float64 // of the same entries
 	lost     int       // entries that gossip never brought
 	refused  int       // streams
+	asks     asks
 	pushPull float64
 }
 
@@ -178,12 +180,14 @@ func (m *model) run(msgs []*message) {
 				busy = true
 				m.tick(i, now)
 			}
+			m.fetch(now)
 		}
 		if !busy {
 			break
 		}
 	}
 	m.makeUp(msgs)
+	m.fetch(math.Inf(1))
 }
 
 func (m *model) put(i int, msg *message) {
@@ -284,14 +288,19 @@ func (m *model) learn(i int, msg *message, now float64) {
 		if i == o.owner || !runs(o.interested, i) {
 			continue
 		}
-		seen := now
-		if !m.naive {
-			seen = m.fetch(i, o.owner, now)
-		}
 		o.missing--
-		for _, b := range o.born {
-			m.took, m.born = append(m.took, seen-b), append(m.born, b)
+		if m.naive {
+			m.see(o.born, now)
+		} else {
+			heap.Push(&m.asks, ask{at: now, host: i, owner: o.owner, born: o.born, wait: 0.2})
 		}
+	}
+}
+
+// see notes that a host has the records of some changes.
+func (m *model) see(born []float64, now float64) {
+	for _, b := range born {
+		m.took, m.born = append(m.took, now-b), append(m.born, b)
 	}
 }
 
@@ -300,37 +309,60 @@ func runs(sorted []int32, i int) bool {
 	return ok
 }
 
-// fetch is when host i has the records of an owner of which it heard now: a stream
-// that is open serves at once; a new one costs the owner a handshake, and it has
-// room for maxStreams.
-func (m *model) fetch(i, from int, now float64) float64 {
-	o := m.owners[from]
-	if o == nil {
-		o = &owner{streams: map[int]float64{}}
-		m.owners[from] = o
-	}
-	wait := 0.2
-	for o.streams[i] < now {
-		if len(o.streams) >= maxStreams && now > o.looked+gossipEvery/2 {
-			o.looked = now
+// ask is a host that wants an owner's records.
+type ask struct {
+	at          float64
+	host, owner int
+	born        []float64
+	wait        float64 // before it tries again
+}
+
+// asks is a heap, the next one first.
+type asks []ask
+
+func (a asks) Len() int           { return len(a) }
+func (a asks) Less(i, j int) bool { return a[i].at < a[j].at }
+func (a asks) Swap(i, j int)      { a[i], a[j] = a[j], a[i] }
+func (a *asks) Push(x any)        { *a = append(*a, x.(ask)) }
+func (a *asks) Pop() any {
+	last := (*a)[len(*a)-1]
+	*a = (*a)[:len(*a)-1]
+	return last
+}
+
+// fetch serves what was asked up to now: a stream that is open serves at once, a
+// new one costs the owner a handshake, and it has room for maxStreams.
+func (m *model) fetch(now float64) {
+	for len(m.asks) > 0 && m.asks[0].at <= now {
+		a := heap.Pop(&m.asks).(ask)
+		o := m.owners[a.owner]
+		if o == nil {
+			o = &owner{streams: map[int]float64{}}
+			m.owners[a.owner] = o
+		}
+		if len(o.streams) >= maxStreams && a.at > o.looked+gossipEvery/2 {
+			o.looked = a.at
 			for k, until := range o.streams {
-				if until < now {
+				if until < a.at {
 					delete(o.streams, k)
 				}
 			}
 		}
-		if len(o.streams) < maxStreams {
-			o.busy = max(o.busy, now) + m.serve
-			now = o.busy + fetchTrips*roundTrip
-			o.streams[i] = now + idleStream
-			return now
+		switch until, ok := o.streams[a.host]; {
+		case ok && until >= a.at:
+			m.see(a.born, a.at+roundTrip)
+		case ok || len(o.streams) < maxStreams:
+			o.busy = max(o.busy, a.at) + m.serve
+			m.see(a.born, o.busy+fetchTrips*roundTrip)
+		default:
+			m.refused++
+			a.at += a.wait * (0.8 + 0.4*m.rnd.Float64())
+			a.wait = min(2*a.wait, 5)
+			heap.Push(&m.asks, a)
+			continue
 		}
-		m.refused++
-		now += wait * (0.8 + 0.4*m.rnd.Float64())
-		wait = min(2*wait, 5)
+		o.streams[a.host] = max(a.at, o.busy) + idleStream
 	}
-	o.streams[i] = now + idleStream
-	return now + roundTrip
 }
 
 // makeUp brings what gossip lost: push/pull with random members, and of digests
