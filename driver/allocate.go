@@ -9,8 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
@@ -24,6 +26,9 @@ import (
 const (
 	optVNI = "weft.vni"
 	optKey = "weft.key"
+	// optMeet lets hosts find each other on which the plugin was enabled after they
+	// formed the Swarm: Docker then tells each of them of itself alone.
+	optMeet = "weft.meet"
 )
 
 // AllocateNetwork decides, as leader of a Swarm, on the VNI and the key of a
@@ -69,6 +74,9 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 		out = map[string]string{}
 	}
 	out[optVNI], out[optKey] = strconv.Itoa(int(a.VNI)), hex.EncodeToString(a.Key)
+	if len(a.Meet) > 0 {
+		out[optMeet] = joined(a.Meet)
+	}
 	return out, nil
 }
 
@@ -77,7 +85,8 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 	given := maps.Clone(n.Options)
 	delete(given, optVNI)
 	delete(given, optKey)
-	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given}
+	delete(given, optMeet)
+	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given, Meet: n.Meet}
 	old, err := tx.Allocation(n.ID)
 	if err == nil {
 		switch {
@@ -92,6 +101,9 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 	}
 	if !errors.Is(err, store.ErrNotFound) {
 		return a, err
+	}
+	if self := d.DB.Self().Address; len(a.Meet) == 0 && self.IsValid() && len(n.Key) == 0 {
+		a.Meet = []netip.Addr{self}
 	}
 	if n.VNI != 0 && len(n.Key) > 0 {
 		return a, nil // another leader's answer
@@ -172,6 +184,14 @@ func deriveVNI(id store.NetworkID, round int) store.VNI {
 func (d *Driver) FreeNetwork(ctx context.Context, r network.FreeNetworkRequest) (struct{}, error) {
 	err := d.DB.Update(ctx, func(tx *store.Tx) error { return tx.DeleteAllocation(store.NetworkID(r.NetworkID)) })
 	return struct{}{}, err
+}
+
+func joined(addresses []netip.Addr) string {
+	var out []string
+	for _, a := range addresses {
+		out = append(out, a.String())
+	}
+	return strings.Join(out, ",")
 }
 
 func anyValues(m map[string]string) map[string]any {

@@ -19,6 +19,10 @@ const (
 	lostGrace = 5 * time.Second
 	// goneGrace: after so long it is removed. Docker's own calls come within seconds.
 	goneGrace = 2 * time.Minute
+	// emptyGrace: a network of Swarm without endpoints, that Docker has not created
+	// again since this process started, is removed after so long. Docker does not
+	// remember such networks when it starts, and creates them when it needs them.
+	emptyGrace = 15 * time.Minute
 	// idleGrace: an endpoint that was made but never joined, or that has left, is
 	// removed after so long. Docker joins within seconds of making it.
 	idleGrace = 15 * time.Minute
@@ -32,6 +36,7 @@ type Audit struct {
 	every time.Duration
 	since map[store.EndpointID]time.Time // first sighting without a live link
 	lost  map[store.EndpointID]bool      // of those, that were joined and lost it
+	empty map[store.NetworkID]time.Time  // first sighting of a network that may be forgotten
 }
 
 // NewAudit returns the audit of a driver's endpoints. It looks every so often, 0
@@ -40,7 +45,7 @@ func NewAudit(d *Driver, every time.Duration, now func() time.Time) *Audit {
 	if now == nil {
 		now = time.Now
 	}
-	return &Audit{d: d, now: now, every: cmp.Or(every, auditEvery), since: map[store.EndpointID]time.Time{}, lost: map[store.EndpointID]bool{}}
+	return &Audit{d: d, now: now, every: cmp.Or(every, auditEvery), since: map[store.EndpointID]time.Time{}, lost: map[store.EndpointID]bool{}, empty: map[store.NetworkID]time.Time{}}
 }
 
 // Run audits until ctx ends and returns nil.
@@ -52,8 +57,8 @@ func (a *Audit) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			if err := a.once(ctx); err != nil && ctx.Err() == nil {
-				a.d.Log.Error("audit of endpoints", "err", err)
+			if err := errors.Join(a.once(ctx), a.networks(ctx)); err != nil && ctx.Err() == nil {
+				a.d.Log.Error("audit of endpoints and networks", "err", err)
 			}
 		}
 	}
@@ -113,6 +118,63 @@ func (a *Audit) once(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// networks finds networks of Swarm that Docker has forgotten: after a kill of dockerd
+// it never deletes those that no task needs any more.
+func (a *Audit) networks(ctx context.Context) error {
+	var idle []store.Network
+	err := a.d.DB.View(func(tx *store.Tx) error {
+		all, err := tx.Networks()
+		if err != nil {
+			return err
+		}
+		for _, n := range all {
+			forgotten, err := a.forgotten(tx, n.ID)
+			if err != nil {
+				return err
+			}
+			if forgotten {
+				idle = append(idle, n)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	was := a.empty
+	a.empty = map[store.NetworkID]time.Time{}
+	for _, n := range idle {
+		first, again := was[n.ID]
+		if !again {
+			first = a.now()
+		}
+		a.empty[n.ID] = first
+		age := a.now().Sub(first)
+		if !again || age < emptyGrace {
+			continue
+		}
+		a.d.Log.Warn("network of Swarm removed: Docker has forgotten it", "network", n.ID, "vni", n.VNI, "for", age)
+		err := a.d.DB.Update(ctx, func(tx *store.Tx) error {
+			if forgotten, err := a.forgotten(tx, n.ID); err != nil || !forgotten {
+				return err
+			}
+			return tx.DeleteNetwork(n.ID)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *Audit) forgotten(tx *store.Tx, id store.NetworkID) (bool, error) {
+	if _, asked := a.d.asked.Load(id); asked || !id.OfSwarm() {
+		return false, nil
+	}
+	eps, err := tx.Endpoints(id)
+	return len(eps) == 0, err
 }
 
 // change writes, unless a call of Docker has changed the endpoint meanwhile.

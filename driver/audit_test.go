@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -73,5 +74,46 @@ func TestAuditNeedsTwoSightingsAndTime(t *testing.T) {
 	now = now.Add(idleGrace) // never joined
 	if got := left(); len(got) != 0 {
 		t.Fatalf("idle endpoint stays: %v", got)
+	}
+}
+
+// Docker forgets networks of Swarm when it is killed, and creates those anew that a
+// task needs.
+func TestForgottenNetworkOfSwarmIsRemoved(t *testing.T) {
+	d, _ := newDriver(t)
+	for i, id := range []string{netA, swarmNet, "a" + swarmNet[1:], "b" + swarmNet[1:]} {
+		mustNet(t, d, createNet(id, fmt.Sprintf("10.5%d.0.0/24", i), ""))
+	}
+	used := store.NetworkID("a" + swarmNet[1:])
+	if _, err := d.CreateEndpoint(t.Context(), decode[network.CreateEndpointRequest](t, createEp(string(used), epA, "10.52.0.2/24"))); err != nil {
+		t.Fatal(err)
+	}
+	d.asked.Clear() // the process starts anew
+	mustNet(t, d, createNet("b"+swarmNet[1:], "10.53.0.0/24", ""))
+	now := time.Now()
+	a := NewAudit(d, 0, func() time.Time { return now })
+	left := func() (ids []store.NetworkID) {
+		t.Helper()
+		if err := a.networks(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		_ = d.DB.View(func(tx *store.Tx) error {
+			all, err := tx.Networks()
+			for _, n := range all {
+				ids = append(ids, n.ID)
+			}
+			return err
+		})
+		return ids
+	}
+	left()
+	now = now.Add(emptyGrace - time.Second)
+	if got := left(); len(got) != 4 {
+		t.Fatalf("removed too early: %v", got)
+	}
+	now = now.Add(time.Second)
+	want := []store.NetworkID{netA, used, "b" + store.NetworkID(swarmNet[1:])}
+	if diff := cmp.Diff(want, left()); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
 	}
 }

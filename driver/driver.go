@@ -17,6 +17,8 @@ import (
 	"log/slog"
 	"net/netip"
 	"reflect"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
@@ -61,12 +63,16 @@ type Config struct {
 	Log    *slog.Logger
 }
 
-// Driver answers the calls of the NetworkDriver protocol. It has no state beside
-// the database; its methods may run at the same time.
-type Driver struct{ Config }
+// Driver answers the calls of the NetworkDriver protocol. Its methods may run at the
+// same time.
+type Driver struct {
+	Config
+	// asked holds the networks that Docker has created since the process started.
+	asked sync.Map // store.NetworkID → true
+}
 
 // New returns a driver.
-func New(c Config) *Driver { return &Driver{c} }
+func New(c Config) *Driver { return &Driver{Config: c} }
 
 // GetCapabilities says whether Swarm's managers allocate networks (scope global) or
 // each host makes its own (local, which is the only answer that works standalone on
@@ -89,6 +95,7 @@ func (d *Driver) CreateNetwork(ctx context.Context, r network.CreateNetworkReque
 	if err != nil {
 		return struct{}{}, fmt.Errorf("create network: %w", err)
 	}
+	d.asked.Store(n.ID, true)
 	store.FailPoint("driver.CreateNetwork.written")
 	if err := d.Sync.Sync(ctx, n.VNI, ""); err != nil {
 		if made {
@@ -140,6 +147,11 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 			return err
 		}
 		made = true
+		self := d.DB.Self().Address
+		others := slices.DeleteFunc(slices.Clone(n.Meet), func(a netip.Addr) bool { return a == self })
+		if err := tx.Meet(others, time.Now()); err != nil {
+			return err
+		}
 		return tx.PutNetwork(*n)
 	})
 	return made, err

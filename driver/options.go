@@ -3,6 +3,7 @@ package driver
 import (
 	"encoding/hex"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +19,7 @@ type settings struct {
 	internal bool
 	ifname   string
 	key      []byte // of the network, or nil
+	meet     []netip.Addr
 }
 
 // Option is one key of `docker network create -o KEY=VALUE`.
@@ -101,11 +103,27 @@ func options() []Option {
 				s.key = key
 				return nil
 			}},
+		{Key: "meet", Help: "addresses of hosts to meet, separated by commas, beside WEFT_JOIN. In Swarm Weft gives that of the leader",
+			set: func(s *settings, v string) error {
+				for _, text := range strings.Split(v, ",") {
+					a, err := netip.ParseAddr(strings.TrimSpace(text))
+					if err != nil || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() || a.Zone() != "" {
+						return fmt.Errorf("%s is not the address of a host; write it as 192.0.2.10", clip(text))
+					}
+					if len(s.meet) == mostMet {
+						return fmt.Errorf("more than %d addresses; one that answers is enough", mostMet)
+					}
+					s.meet = append(s.meet, a.Unmap())
+				}
+				return nil
+			}},
 	}
 }
 
-// keyBytes is the size of a network's key.
-const keyBytes = 32
+const (
+	keyBytes = 32 // size of a network's key
+	mostMet  = 16 // addresses of hosts to meet
+)
 
 // Options returns the table of network options, for the documentation.
 func Options() []Option { return options() }

@@ -65,8 +65,9 @@ func (i *IPAM) report(freed []store.Lease, err error) {
 // can know it: in the local space, in a pool with one reference that is a subnet
 // of a Weft network of this host; in the global space, when Docker did not confirm
 // it to this host as the new leader. It is freed when a second audit, Config.Grace
-// after the first, still finds it so. Pools are never removed: what Docker or
-// another driver does with them cannot be seen from here.
+// after the first, still finds it so. Pools are not removed, since what Docker or
+// another driver does with them cannot be seen from here, but for those of Swarm's
+// networks: they go with their network.
 //
 // It also removes the records of addresses that have cooled.
 func (i *IPAM) Audit(ctx context.Context) ([]store.Lease, error) {
@@ -93,9 +94,21 @@ func (i *IPAM) Audit(ctx context.Context) ([]store.Lease, error) {
 			ripe = append(ripe, l)
 		}
 	}
+	var gone []store.Pool
+	for _, p := range f.idle {
+		s := sighting{pool: p.ID, taken: p.Asked.UnixNano()}
+		since, again := i.sighted[s]
+		if !again {
+			since = now
+		}
+		sighted[s] = since
+		if again && now.Sub(since) >= i.cfg.Grace {
+			gone = append(gone, p)
+		}
+	}
 	i.sighted = sighted
 	f.past, f.future = f.past[:min(len(f.past), auditBatch)], f.future[:min(len(f.future), auditBatch)]
-	if len(ripe)+len(f.past)+len(f.future) == 0 {
+	if len(ripe)+len(f.past)+len(f.future)+len(f.swarm)+len(gone) == 0 {
 		return nil, nil
 	}
 	var freed []store.Lease
@@ -104,10 +117,13 @@ func (i *IPAM) Audit(ctx context.Context) ([]store.Lease, error) {
 		if freed, err = free(tx, ripe, now); err != nil {
 			return nil, err
 		}
-		if err := clean(tx, f, now); err != nil {
+		if err := errors.Join(clean(tx, f, now), markSwarm(tx, f.swarm), dropIdle(tx, gone)); err != nil {
 			return nil, err
 		}
 		return func() {
+			for _, p := range gone {
+				delete(i.books, p.ID)
+			}
 			for _, l := range slices.Concat(freed, f.future) {
 				delete(i.books, l.Pool)
 			}
@@ -121,6 +137,8 @@ func (i *IPAM) Audit(ctx context.Context) ([]store.Lease, error) {
 
 // findings is what an audit sees.
 type findings struct {
+	swarm  []store.Pool  // of a network of Swarm on this host, and not marked so
+	idle   []store.Pool  // marked, and no network of this host has them
 	leaked []store.Lease // held by nobody
 	past   []store.Lease // freed, have cooled
 	future []store.Lease // freed in the future: the clock went back
@@ -136,6 +154,16 @@ func find(tx *store.Tx, now time.Time) (f findings, err error) {
 		return f, err
 	}
 	for _, p := range pools {
+		has, _, err := ofSwarm(tx, p)
+		if err != nil {
+			return f, err
+		}
+		switch {
+		case has && !p.Swarm:
+			f.swarm = append(f.swarm, p)
+		case p.Swarm && !inNetwork(networks, p):
+			f.idle = append(f.idle, p)
+		}
 		leases, err := tx.Leases(p.ID)
 		if err != nil {
 			return f, err
@@ -229,6 +257,51 @@ func free(tx *store.Tx, ripe []store.Lease, now time.Time) (freed []store.Lease,
 		freed = append(freed, l)
 	}
 	return freed, nil
+}
+
+// markSwarm notes pools of networks of Swarm, so that they are known when the network
+// is gone.
+func markSwarm(tx *store.Tx, pools []store.Pool) error {
+	for _, p := range pools {
+		now, err := tx.Pool(p.ID)
+		if errors.Is(err, store.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		now.Swarm = true
+		if err := tx.PutPool(now); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dropIdle removes pools of networks of Swarm that left this host without a word:
+// after a kill Docker does not release what no task needs any more.
+func dropIdle(tx *store.Tx, pools []store.Pool) error {
+	networks, err := tx.Networks()
+	if err != nil {
+		return err
+	}
+	for _, p := range pools {
+		now, err := tx.Pool(p.ID)
+		if errors.Is(err, store.ErrNotFound) || err == nil && (!now.Asked.Equal(p.Asked) || inNetwork(networks, now)) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := tx.DeletePool(p.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func inNetwork(networks []store.Network, p store.Pool) bool {
+	return slices.ContainsFunc(networks, func(n store.Network) bool { return slices.Contains(n.Prefixes(), p.Prefix) })
 }
 
 // unchanged reports whether the lease is as it was seen.

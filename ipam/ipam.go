@@ -198,7 +198,7 @@ func (i *IPAM) requestPool(ctx context.Context, r api.RequestPoolRequest) (p sto
 		} else {
 			p.Refs = 1 // a Swarm's networks do not share pools
 		}
-		p.Asked = i.cfg.Now().UTC()
+		p.Asked, p.Swarm = i.cfg.Now().UTC(), p.Swarm || has
 		return func() {}, tx.PutPool(p)
 	})
 	return p, err
@@ -288,9 +288,6 @@ func allocated(tx *store.Tx, p store.Pool) (bool, error) {
 	return slices.ContainsFunc(all, func(a store.Allocation) bool { return slices.Contains(a.Prefixes, p.Prefix) }), err
 }
 
-// swarmID is the length of the id that Swarm gives a network.
-const swarmID = 25
-
 // ofSwarm reports whether a network of Swarm on this host has a pool of the local
 // space, and whether Swarm chooses its addresses. Docker marks what a host asks for
 // with optSerial only where the user gave an --ipam-opt, and asks for the pool again
@@ -301,7 +298,7 @@ func ofSwarm(tx *store.Tx, p store.Pool) (has, chooses bool, err error) {
 	}
 	networks, err := tx.Networks()
 	for _, n := range networks {
-		if len(n.ID) == swarmID && slices.Contains(n.Prefixes(), p.Prefix) {
+		if n.ID.OfSwarm() && slices.Contains(n.Prefixes(), p.Prefix) {
 			return true, len(n.Key) > 0, nil
 		}
 	}

@@ -245,3 +245,47 @@ func TestPoolOfAnEarlierTermDoesNotClash(t *testing.T) {
 		t.Errorf("in a later term: %v", err)
 	}
 }
+
+// A host was killed and no task of the network came back: Docker never releases the
+// pool.
+func TestPoolGoesWithItsNetworkOfSwarm(t *testing.T) {
+	b := newBed(t)
+	id := b.pool(t, swarmPool, "")
+	audit := func(later time.Duration) int {
+		t.Helper()
+		b.now = b.now.Add(later)
+		if _, err := b.Audit(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		pools, err := b.Status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(pools)
+	}
+	for range 3 {
+		if n := audit(time.Hour); n != 1 {
+			t.Fatal("a pool without a network yet is removed")
+		}
+	}
+	const network = store.NetworkID("py3nh9xxgh2f5qv9czpsgmk37")
+	b.write(t, func(tx *store.Tx) error {
+		return tx.PutNetwork(store.Network{ID: network, VNI: 5000, Mode: "vxlan", Subnets: []store.Subnet{{Pool: netip.MustParsePrefix(swarmPool)}}})
+	})
+	for range 3 {
+		if n := audit(time.Hour); n != 1 {
+			t.Fatal("the pool of a network is removed")
+		}
+	}
+	b.write(t, func(tx *store.Tx) error { return tx.DeleteNetwork(network) })
+	audit(time.Second)
+	if n := audit(9 * time.Minute); n != 1 {
+		t.Fatal("removed too early")
+	}
+	if got := b.pool(t, swarmPool, ""); got != id || audit(5*time.Minute) != 1 {
+		t.Fatal("removed though Docker asked again")
+	}
+	if n := audit(11 * time.Minute); n != 0 {
+		t.Errorf("%d pools are left", n)
+	}
+}

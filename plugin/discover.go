@@ -90,8 +90,10 @@ func (d *discovery) take() []store.Node {
 // run keeps what is heard in the database until ctx ends, and tells the cluster that
 // there are others.
 func (d *discovery) run(ctx context.Context, db *store.DB, c *cluster, log *slog.Logger) error {
+	records := db.Watch() // networks name hosts to meet, too
 	for {
 		heard := d.take()
+		records.Take()
 		others, err := saveNodes(ctx, db, heard)
 		if err != nil && ctx.Err() == nil {
 			log.Error("cannot keep what Docker told of the Swarm's hosts", "err", err)
@@ -99,10 +101,15 @@ func (d *discovery) run(ctx context.Context, db *store.DB, c *cluster, log *slog
 		if others {
 			c.expect()
 		}
+		changed := records.C
+		if c.expects() {
+			changed = nil
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-d.wake:
+		case <-changed:
 		}
 	}
 }

@@ -31,6 +31,9 @@ var (
 // ones in Swarm. It differs from host to host; the VNI is what hosts share.
 type NetworkID string
 
+// OfSwarm reports whether the id is one that Swarm gave.
+func (n NetworkID) OfSwarm() bool { return len(n) == 25 }
+
 // EndpointID is Docker's id of an endpoint, unique in the cluster.
 type EndpointID string
 
@@ -109,6 +112,7 @@ type Network struct {
 	Subnets  []Subnet          `json:"subnets"`
 	Ifname   string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
 	Options  map[string]string `json:"options,omitempty"` // the -o options as given
+	Meet     []netip.Addr      `json:"meet,omitempty"`    // hosts to meet
 	// Key is known to the hosts that may run the network, 32 bytes, or nil: then
 	// every host that runs the same VNI and subnets is believed.
 	Key []byte `json:"key,omitempty"`
@@ -214,6 +218,8 @@ type Pool struct {
 	Next   netip.Addr        `json:"next,omitzero"` // where the search for a free address goes on
 	Opts   map[string]string `json:"opts,omitempty"`
 	Asked  time.Time         `json:"asked,omitzero"` // when Docker last requested it
+	// Swarm: it is or was the pool of a network of Swarm on this host.
+	Swarm bool `json:"swarm,omitempty"`
 }
 
 // Lease is an address taken from a Pool. A released address stays as a lease with
@@ -238,7 +244,8 @@ type Allocation struct {
 	Key      []byte            `json:"key"`
 	Prefixes []netip.Prefix    `json:"prefixes"` // sorted
 	Given    map[string]string `json:"given"`    // the user's options
-	Asked    time.Time         `json:"asked"`    // when Docker last asked for it
+	Meet     []netip.Addr      `json:"meet,omitempty"`
+	Asked    time.Time         `json:"asked"` // when Docker last asked for it
 }
 
 // Node is a host of the Swarm, as Docker tells of it.

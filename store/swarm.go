@@ -1,6 +1,9 @@
 package store
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // Allocation returns what was answered for a network, or ErrNotFound.
 func (tx *Tx) Allocation(id NetworkID) (Allocation, error) {
@@ -21,13 +24,23 @@ func (tx *Tx) DeleteAllocation(id NetworkID) error {
 // Nodes returns the hosts of the Swarm, sorted by address as text.
 func (tx *Tx) Nodes() ([]Node, error) { return list[Node](tx, bucketNodes, nil) }
 
-// PutNode writes a node. A change of this host's own is told to watchers of
-// HostVNI: its underlay address may follow.
+// PutNode writes a node, and tells watchers of HostVNI.
 func (tx *Tx) PutNode(n Node) error {
-	if n.Self {
-		tx.touch(HostVNI)
-	}
+	tx.touch(HostVNI)
 	return put(tx, bucketNodes, []byte(n.Address.String()), n)
+}
+
+// Meet adds nodes that are not known yet.
+func (tx *Tx) Meet(addresses []netip.Addr, now time.Time) error {
+	for _, a := range addresses {
+		if tx.tx.Bucket(bucketNodes).Get([]byte(a.String())) != nil {
+			continue
+		}
+		if err := tx.PutNode(Node{Address: a, Heard: now.UTC()}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // DeleteNode removes a node; an unknown one is no error.

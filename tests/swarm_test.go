@@ -21,11 +21,7 @@ func TestSwarm(t *testing.T) {
 	for name, engine := range engines(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel() // most of the time is waiting for Swarm's clocks
-			late, settings := false, []string{"WEFT_SCOPE=global"}
-			if name == "newest" {
-				late, settings = true, append(settings, "WEFT_JOIN="+firstHost)
-			}
-			s := newSwarm(t, engine, late, settings...)
+			s := newSwarm(t, engine, name == "newest", "WEFT_SCOPE=global")
 			t.Run("network", s.networks)
 			t.Run("stack", s.stacks)
 			t.Run("service", s.services)
@@ -49,16 +45,12 @@ type swarm struct {
 	first []hosts.Inventory // what each host held before the first network
 }
 
-// firstHost is the address of a lab's first host: where the plugin comes late, one
-// that knows others is named to it.
-const firstHost = "192.0.2.10"
-
 // heartbeat makes Swarm see after six seconds, not fifteen, that a host is gone.
 const heartbeat = 2 * time.Second
 
 // newSwarm makes the hosts of a lab a Swarm with the plugin on all. It is there
 // before the Swarm is, or enabled when Docker has told of all hosts already: then
-// Docker names to the plugin no host but its own.
+// Docker names to the plugin no host but its own, and the leader's plugin must.
 func newSwarm(t *testing.T, engine hosts.Engine, late bool, settings ...string) *swarm {
 	t.Helper()
 	s := &swarm{name: engine.Name}
