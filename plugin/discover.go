@@ -94,11 +94,11 @@ func (d *discovery) run(ctx context.Context, db *store.DB, c *cluster, log *slog
 	for {
 		heard := d.take()
 		records.Take()
-		others, err := saveNodes(ctx, db, heard)
+		inSwarm, err := saveNodes(ctx, db, heard)
 		if err != nil && ctx.Err() == nil {
 			log.Error("cannot keep what Docker told of the Swarm's hosts", "err", err)
 		}
-		if others {
+		if inSwarm {
 			c.expect()
 		}
 		changed := records.C
@@ -114,9 +114,10 @@ func (d *discovery) run(ctx context.Context, db *store.DB, c *cluster, log *slog
 	}
 }
 
-// saveNodes writes what was heard, in order, and reports whether the database knows
-// other hosts.
-func saveNodes(ctx context.Context, db *store.DB, heard []store.Node) (others bool, err error) {
+// saveNodes writes what was heard, in order, and reports whether this host is in a
+// Swarm, or has been told of other hosts. It takes part in the cluster then, though it
+// may be the first one: the others may know of it alone.
+func saveNodes(ctx context.Context, db *store.DB, heard []store.Node) (inSwarm bool, err error) {
 	write := func(tx *store.Tx) error {
 		all, err := tx.Nodes()
 		if err != nil {
@@ -145,15 +146,15 @@ func saveNodes(ctx context.Context, db *store.DB, heard []store.Node) (others bo
 				return err
 			}
 		}
-		for _, n := range known {
-			others = others || !n.Self
-		}
+		inSwarm = len(known) > 0
 		return nil
 	}
 	if len(heard) == 0 {
-		return others, db.View(write)
+		err = db.View(write)
+	} else {
+		err = db.Update(ctx, write)
 	}
-	return others, db.Update(ctx, write)
+	return inSwarm, err
 }
 
 // underlayAddress returns the function that says by which address other hosts reach
