@@ -39,10 +39,43 @@ const (
 // the network, and lets them believe each other's records of it.
 func (d *Driver) AllocateNetwork(ctx context.Context, r network.AllocateNetworkRequest) (network.AllocateNetworkResponse, error) {
 	options, err := d.allocate(ctx, r)
+	d.noteRefusal(store.NetworkID(r.NetworkID), err)
 	if err != nil {
 		return network.AllocateNetworkResponse{}, fmt.Errorf("allocate network: %w", err)
 	}
 	return network.AllocateNetworkResponse{Options: options}, nil
+}
+
+// Refusal is why a network of Swarm was not allocated. Docker does not tell its user:
+// the network is there, and its tasks wait.
+type Refusal struct {
+	Reason string
+	At     time.Time
+}
+
+// refusalStays is how long a refusal is told: Docker says nothing when the network is
+// removed.
+const refusalStays = 10 * time.Minute
+
+// Refusals returns those of the last ten minutes.
+func (d *Driver) Refusals() map[store.NetworkID]Refusal {
+	d.refusedMu.Lock()
+	defer d.refusedMu.Unlock()
+	maps.DeleteFunc(d.refused, func(_ store.NetworkID, r Refusal) bool { return time.Since(r.At) > refusalStays })
+	return maps.Clone(d.refused)
+}
+
+func (d *Driver) noteRefusal(id store.NetworkID, err error) {
+	d.refusedMu.Lock()
+	defer d.refusedMu.Unlock()
+	delete(d.refused, id)
+	if err == nil || checkID("", string(id)) != nil || len(d.refused) >= 100 {
+		return
+	}
+	if d.refused == nil {
+		d.refused = map[store.NetworkID]Refusal{}
+	}
+	d.refused[id] = Refusal{Reason: err.Error(), At: time.Now()}
 }
 
 func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest) (map[string]string, error) {
@@ -182,6 +215,7 @@ func deriveVNI(id store.NetworkID, round int) store.VNI {
 
 // FreeNetwork forgets an allocation. An unknown one is no error.
 func (d *Driver) FreeNetwork(ctx context.Context, r network.FreeNetworkRequest) (struct{}, error) {
+	d.noteRefusal(store.NetworkID(r.NetworkID), nil)
 	err := d.DB.Update(ctx, func(tx *store.Tx) error { return tx.DeleteAllocation(store.NetworkID(r.NetworkID)) })
 	return struct{}{}, err
 }

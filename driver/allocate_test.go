@@ -96,6 +96,16 @@ func TestAllocationIsRefused(t *testing.T) {
 			t.Errorf("%+v: got error %v, want one with %q", c.r, err, c.want)
 		}
 	}
+	if r := d.Refusals()["another"]; !strings.Contains(r.Reason, "subnet") {
+		t.Errorf("the last refusal is told as %q", r.Reason)
+	}
+	mustAllocate(t, d, allocation("another", "10.92.0.0/24", nil))
+	if _, err := d.FreeNetwork(t.Context(), network.FreeNetworkRequest{NetworkID: "another"}); err != nil {
+		t.Error(err)
+	}
+	if r, told := d.Refusals()["another"]; told {
+		t.Errorf("refused no more, but told: %+v", r)
+	}
 	_ = d.DB.View(func(tx *store.Tx) error {
 		all, err := tx.Allocations()
 		if err != nil || len(all) != 1 {

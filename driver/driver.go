@@ -69,6 +69,9 @@ type Driver struct {
 	Config
 	// asked holds the networks that Docker has created since the process started.
 	asked sync.Map // store.NetworkID → true
+
+	refusedMu sync.Mutex // guards what follows
+	refused   map[store.NetworkID]Refusal
 }
 
 // New returns a driver.

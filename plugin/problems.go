@@ -4,11 +4,14 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/store"
 )
 
@@ -53,7 +56,7 @@ func (p *process) status() (statusReply, error) {
 		clusterErr = errors.New(heard.Err)
 	}
 	s.Problems = append(s.Problems, problems(view{
-		status: s, networks: nets, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"],
+		status: s, networks: nets, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"], refused: svc.driver.Refusals(),
 		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), xtablesShared: !isDevice(xtablesLock),
 	})...)
 	return s, nil
@@ -77,6 +80,7 @@ type view struct {
 	clusterErr    error
 	twin          string // address of another process with this host's identity
 	otherKey      uint64 // messages that this host's cluster key does not open
+	refused       map[store.NetworkID]driver.Refusal
 	noUnderlay    string // why
 	addressSet    bool   // WEFT_ADDRESS
 	xtablesShared bool
@@ -131,6 +135,9 @@ func problems(v view) []problem {
 				Remedy: "if they are meant to be one, remove one of them and create it again with the other's number: -o vni=NUMBER"})
 		}
 	}
+	for _, id := range slices.Sorted(maps.Keys(v.refused)) {
+		add("remove the network and create it again without what is wrong", "Swarm network %.12s is not allocated, and its tasks wait: %s", id, v.refused[id].Reason)
+	}
 	out = append(out, v.clusterProblems()...)
 	if v.status.IPTables == "legacy" && !v.xtablesShared {
 		add("echo 'f /run/xtables.lock 0600' > /etc/tmpfiles.d/xtables.conf && systemd-tmpfiles --create && docker plugin disable -f weft:latest && docker plugin set weft:latest xtables.source=/run/xtables.lock && docker plugin enable weft:latest",
@@ -176,7 +183,7 @@ func (v view) clusterProblems() (out []problem) {
 	if len(v.status.Swarm.Discovered) > 0 && v.clusterErr == nil && len(v.peers) == 0 {
 		add("enable the plugin on all hosts of the Swarm, with the same ports and WEFT_KEY; open the gossip port (TCP and UDP) between them", "no other host of the Swarm was ever heard (%v)", v.status.Swarm.Discovered)
 	}
-	if (len(v.status.Join) > 0 || len(v.status.Swarm.Discovered) > 0) && !v.status.Encrypted {
+	if (len(v.status.Join) > 0 || v.status.Swarm.Self.IsValid()) && !v.status.Encrypted {
 		out = append(out, problem{Advice: true, Text: "what hosts tell each other is neither encrypted nor closed to strangers: no key is set",
 			Remedy: "set the same WEFT_KEY_FILE or WEFT_KEY on all hosts"})
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/store"
 )
 
@@ -46,6 +47,10 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"same subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4098}, Alike: []string{"network 4097 on host beta"}}}
 		}, "network 4098 has the same subnets as network 4097 on host beta: they are not connected", true},
+		{"refused", func(v *view) {
+			v.refused = map[store.NetworkID]driver.Refusal{"uevk9dbp5kwsf7p8jnic6u85c": {Reason: "option vni: 0"}}
+		},
+			"Swarm network uevk9dbp5kws is not allocated, and its tasks wait: option vni: 0", false},
 		{"gossip down", func(v *view) { v.clusterErr = errors.New("port 4796 is taken") }, "other hosts are not heard: port 4796 is taken", false},
 		{"twin", func(v *view) { v.twin = "192.0.2.7" }, "host 192.0.2.7 has the same identity", false},
 		{"nobody heard", func(v *view) { v.status.Join = []string{"a:1"} }, "no other host was ever heard (WEFT_JOIN=a:1)", false},

@@ -109,7 +109,7 @@ func (s *swarm) encrypted(t *testing.T) {
 	h := s.leader(t, nil)
 	s.network(t, "secret", 35, "-o", "encrypted")
 	s.createService(t, h, "secret", "--network", "secret")
-	tells(t, h, "encrypted")
+	tells(t, h, "cannot encrypt between hosts")
 	tasks, err := h.Tasks(t.Context(), "secret")
 	if err != nil {
 		t.Fatal(err)
