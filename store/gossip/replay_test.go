@@ -55,7 +55,7 @@ func replayPrefix(k int) netip.Prefix {
 }
 
 // meetAfter spreads the peers' push/pull with a plugin that started.
-const meetAfter = 20 * time.Second
+const meetAfter = 5 * time.Second
 
 // fewMembers lets only some become members, and tells of the plugin.
 type fewMembers struct {
@@ -173,10 +173,14 @@ func (p *replayed) run(ctx context.Context, tell chan<- record, joined func()) e
 				return nil
 			case <-p.meet:
 				idle(ctx, rand.N(meetAfter))
-				// Itself, the first and the plugin.
-				for tries := 0; list.NumMembers() < 3 && tries < 30 && ctx.Err() == nil; tries++ {
-					_, _ = list.Join([]string{p.cfg.plugin.String()}) // it may be busy, or gone again
-					idle(ctx, jitter(2*time.Second))
+				// The others of a cluster would come with the first one; these are only
+				// three members: itself, the first and the plugin.
+				for range 30 {
+					_, err := list.Join([]string{p.cfg.plugin.String()})
+					if err == nil && list.NumMembers() >= 3 || ctx.Err() != nil {
+						break
+					}
+					idle(ctx, jitter(time.Second)) // it may be busy, or gone again
 				}
 			}
 		}
