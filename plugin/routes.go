@@ -17,7 +17,6 @@ import (
 // implemented": Program- and RevokeExternalConnectivity come only to drivers that
 // answer a gateway.
 func (p *process) routes() []call {
-	type empty struct{}
 	return []call{
 		atOnce("Plugin.Activate", map[string][]string{"Implements": {"NetworkDriver", "IpamDriver"}}),
 

@@ -320,10 +320,10 @@ func (p *pipe) end(err error, heard bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.dead = p.dead || !heard
-	if p.err == nil || err == net.ErrClosed {
+	if p.err == nil || errors.Is(err, net.ErrClosed) {
 		p.err = err
 	}
-	if err == net.ErrClosed {
+	if errors.Is(err, net.ErrClosed) {
 		p.chunks = nil
 	}
 	poke(p.wake)
@@ -347,7 +347,7 @@ func (p *pipe) read(b []byte) (int, error) {
 			return n, nil
 		case len(p.chunks) > 0:
 			until = p.chunks[0].at
-		case p.err == net.ErrClosed || p.err != nil && !p.dead:
+		case errors.Is(p.err, net.ErrClosed) || p.err != nil && !p.dead:
 			p.mu.Unlock()
 			return 0, p.err
 		}
