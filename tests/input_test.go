@@ -145,7 +145,7 @@ func (s *socketTest) rows() []bodyRow {
 	n, e := s.network.ID, s.endpoint.ID
 	// The transport.
 	for _, path := range []string{createN, "NetworkDriver.DeleteNetwork", createE, "NetworkDriver.DeleteEndpoint", "NetworkDriver.Join",
-		"NetworkDriver.Leave", requestP, "IpamDriver.ReleasePool", requestA, "IpamDriver.ReleaseAddress"} {
+		"NetworkDriver.Leave", "NetworkDriver.AllocateNetwork", "NetworkDriver.FreeNetwork", "NetworkDriver.DiscoverNew", requestP, "IpamDriver.ReleasePool", requestA, "IpamDriver.ReleaseAddress"} {
 		out = append(out, bodyRow{"GET", path, "", "POST"}, bodyRow{"PUT", path, "{}", "POST"})
 		post(path, "empty", "")
 		post(path, "JSON", "[]")
@@ -183,6 +183,19 @@ func (s *socketTest) rows() []bodyRow {
 		post(createN, want, newNetwork, goodPool, option)
 	}
 	post(createN, "generic", `{"NetworkID":%q,"IPv4Data":[%s],"Options":{"com.docker.network.generic":[]}}`, newID, goodPool)
+	// What a Swarm's manager asks, and what Docker tells of its hosts.
+	for options, want := range map[string]string{`"vnii":"7"`: "did you mean vni", `"encrypted":""`: "encrypt", `"weft.vni":"0"`: "vni", `"weft.key":"00"`: "key of 32 bytes", `"meet":"0.0.0.0"`: "address of a host",
+		`"vni":"5000","weft.vni":"5001"`: "contradict", fmt.Sprintf(`"vni":"%d"`, s.network.VNI): "belongs to Weft network"} {
+		post("NetworkDriver.AllocateNetwork", want, `{"NetworkID":%q,"Options":{%s},"IPv4Data":[%s]}`, newID, options, goodPool)
+	}
+	post("NetworkDriver.AllocateNetwork", "subnet", `{"NetworkID":%q,"Options":{},"IPv4Data":[]}`, newID)
+	post("NetworkDriver.AllocateNetwork", "NetworkID", `{"NetworkID":"a b","Options":{},"IPv4Data":[%s]}`, goodPool)
+	post("NetworkDriver.AllocateNetwork", "Options", `{"NetworkID":%q,"Options":[],"IPv4Data":[%s]}`, newID, goodPool)
+	for _, address := range []string{"", "ten", "0.0.0.0", "224.0.0.1", "fe80::1%eth0"} {
+		post("NetworkDriver.DiscoverNew", "DiscoveryData.Address", `{"DiscoveryType":1,"DiscoveryData":{"Address":%q,"Self":false}}`, address)
+	}
+	post("NetworkDriver.DiscoverNew", "Self", `{"DiscoveryType":1,"DiscoveryData":{"Address":"192.0.2.9","Self":"yes"}}`)
+	post("NetworkDriver.FreeNetwork", "", `{"NetworkID":%q}`, newID)
 	// Endpoints, and calls in a wrong order.
 	post(createE, "network rm", newEndpoint, newID, newID, "10.61.0.9/24", "")
 	for address, want := range map[string]string{"": "Address", "10.60.0.77": "length", "10.61.0.9/24": "10.61.0.9", "10.60.0.0/24": "10.60.0.0", "10.60.0.255/24": "broadcast", "10.60.0.10/24": "10.60.0.10", "fd00::1/64": "famil"} {
