@@ -22,6 +22,7 @@ const crashSeed = 20240607
 // TestCrashLosesNoPacket kills the plugin on either host at random instants while
 // containers come and go on both and a probe runs across them.
 func TestCrashLosesNoPacket(t *testing.T) {
+	t.Parallel()
 	kills := 10
 	if soak() {
 		kills = 1000

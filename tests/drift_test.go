@@ -17,6 +17,7 @@ import (
 // TestDriftIsRepaired changes, behind the plugin's back, each thing that it keeps
 // in the kernel, with either backend of iptables.
 func TestDriftIsRepaired(t *testing.T) {
+	t.Parallel()
 	for _, backend := range []string{"nft", "legacy"} {
 		t.Run(backend, func(t *testing.T) {
 			t.Parallel()

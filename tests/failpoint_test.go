@@ -98,6 +98,7 @@ type failHost struct {
 // TestEveryStepCanBeTheLast kills the plugin at every step of every call and of
 // the kernel's changes, one at a time, and then does what a user would.
 func TestEveryStepCanBeTheLast(t *testing.T) {
+	t.Parallel()
 	// Most of the time Docker waits before it tries again: four hosts share it.
 	lab := newLab(t, 4, nil)
 	install(t, lab, pluginDir(t, "failpoint", "crash"))

@@ -20,6 +20,7 @@ import (
 // TestBadInput sends what no engine sends to the running plugin's own socket. Each
 // is refused with a word of what is wrong, changes nothing and harms nobody.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	lab := newLab(t, 1, nil)
 	install(t, lab, pluginDir(t, "", "test"))
 	h := lab.Hosts[0]

@@ -15,6 +15,7 @@ import (
 // TestInstall drives the built plugin as a user does, on either engine: install,
 // networks with every option, containers across hosts, published ports, refusals.
 func TestInstall(t *testing.T) {
+	t.Parallel()
 	for name, engine := range engines(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -13,6 +13,7 @@ import (
 // TestCyclesLeaveNothing makes and removes endpoints, by Docker and straight at
 // the plugin's socket, and compares everything that could be left.
 func TestCyclesLeaveNothing(t *testing.T) {
+	t.Parallel()
 	byDocker, bySocket := 20, 300
 	if soak() {
 		byDocker, bySocket = 2000, 2000

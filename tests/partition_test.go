@@ -23,6 +23,7 @@ const (
 // TestCluster cuts four hosts in halves and heals them, kills one, moves one to
 // another address, and gives one a wrong key.
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	lab := newLab(t, 4, nil)
 	install(t, lab, pluginDir(t, "", "test"), "WEFT_KEY="+rightKey)
 	createNetwork(t, lab, "app", 32)

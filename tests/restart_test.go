@@ -14,6 +14,7 @@ import (
 // either engine. Host a restarts its containers, host b keeps them, host c stays as
 // it is and looks on.
 func TestDockerdRestart(t *testing.T) {
+	t.Parallel()
 	rounds := 1
 	if soak() {
 		rounds = 50

@@ -61,7 +61,13 @@ test | soak)
 	# runs first, two packages at a time.
 	mapfile -t packages < <(go list ./... | grep -v '/tests$')
 	go test -timeout "$limit" "${packages[@]}"
-	exec go test -timeout "$limit" -v ./tests
+	# Two at a time: they wait more than they work. Ten minutes of random operations
+	# are for the soak alone.
+	skip='^TestSwarmRandom$'
+	if [ "$what" = soak ]; then
+		skip='^$'
+	fi
+	exec go test -timeout "$limit" -parallel 2 -skip "$skip" -v ./tests
 	;;
 bench)
 	exec go run ./tests/bench

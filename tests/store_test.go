@@ -40,6 +40,7 @@ var damages = []struct {
 // it is set aside and said, and that networks and endpoints come back from the
 // kernel without a lost packet.
 func TestDamagedDatabaseIsRebuilt(t *testing.T) {
+	t.Parallel()
 	lab := newLab(t, 2, nil)
 	install(t, lab, pluginDir(t, "failpoint", "crash"))
 	a := lab.Hosts[0]

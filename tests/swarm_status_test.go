@@ -14,7 +14,11 @@ import (
 // TestSwarmStatus follows what weft status and weft audit say of a Swarm, and types
 // what they tell to type.
 func TestSwarmStatus(t *testing.T) {
+	t.Parallel()
 	for name, engine := range engines(t) {
+		if name != "debian" && !soak() {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newSwarm(t, engine, false, "WEFT_SCOPE=global")

@@ -18,23 +18,32 @@ import (
 // TestSwarm does on a Swarm of three managers what its users do, and then lets
 // hosts and plugins die, on either engine.
 func TestSwarm(t *testing.T) {
+	t.Parallel()
 	for name, engine := range engines(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel() // most of the time is waiting for Swarm's clocks
 			s := newSwarm(t, engine, name == "newest", "WEFT_SCOPE=global")
-			t.Run("network", s.networks)
-			t.Run("stack", s.stacks)
-			t.Run("service", s.services)
-			t.Run("plugins killed", s.pluginsKilled)
-			if name == "debian" || soak() { // the rest does not depend on the engine
-				t.Run("update", s.updates)
-				t.Run("drain", s.drain)
-				t.Run("cut", s.cut)
-				t.Run("worker", s.worker)
-				t.Run("manager", s.manager)
+			for _, scene := range []struct {
+				engine string // in the short form on this one alone; "": on both
+				name   string
+				play   func(*testing.T)
+			}{
+				{"", "network", s.networks},
+				{"", "stack", s.stacks},
+				{"debian", "service", s.services},
+				{"debian", "update", s.updates},
+				{"newest", "drain", s.drain},
+				{"newest", "plugins killed", s.pluginsKilled},
+				{"debian", "cut", s.cut},
+				{"debian", "worker", s.worker},
+				{"newest", "manager", s.manager},
+				{"newest", "leader killed", s.leaderKilled},
+				{"", "nothing left", s.nothingLeft},
+			} {
+				if scene.engine == "" || scene.engine == name || soak() {
+					t.Run(scene.name, scene.play)
+				}
 			}
-			t.Run("leader killed", s.leaderKilled)
-			t.Run("nothing left", s.nothingLeft)
 		})
 	}
 }

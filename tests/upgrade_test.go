@@ -20,6 +20,7 @@ import (
 
 // TestUpgrade changes the plugin under running containers.
 func TestUpgrade(t *testing.T) {
+	t.Parallel()
 	older, newer := pluginDir(t, "failpoint", "crash"), pluginDir(t, "", "newer")
 	lab := newLab(t, 2, nil)
 	install(t, lab, older)
