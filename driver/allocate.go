@@ -25,7 +25,7 @@ import (
 // another manager becomes the leader.
 const (
 	optVNI = "weft.vni"
-	optKey = "weft.key"
+	OptKey = "weft.key"
 	// optMeet lets hosts find each other on which the plugin was enabled after they
 	// formed the Swarm: Docker then tells each of them of itself alone.
 	optMeet = "weft.meet"
@@ -106,7 +106,7 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 	if out == nil {
 		out = map[string]string{}
 	}
-	out[optVNI], out[optKey] = strconv.Itoa(int(a.VNI)), hex.EncodeToString(a.Key)
+	out[optVNI], out[OptKey] = strconv.Itoa(int(a.VNI)), hex.EncodeToString(a.Key)
 	if len(a.Meet) > 0 {
 		out[optMeet] = joined(a.Meet)
 	}
@@ -117,7 +117,7 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.Allocation, error) {
 	given := maps.Clone(n.Options)
 	delete(given, optVNI)
-	delete(given, optKey)
+	delete(given, OptKey)
 	delete(given, optMeet)
 	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given, Meet: n.Meet}
 	old, err := tx.Allocation(n.ID)
@@ -125,8 +125,8 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 		switch {
 		case !slices.Equal(old.Prefixes, a.Prefixes), !maps.Equal(old.Given, given), a.VNI != 0 && a.VNI != old.VNI:
 			return a, fmt.Errorf("network %s is allocated with vni %d, subnets %v and options %v, not with vni %d, %v and %v; remove it first",
-				n.ID, old.VNI, old.Prefixes, shownAll(old.Given), a.VNI, a.Prefixes, shownAll(given))
-		case len(n.Key) > 0 && !slices.Equal(old.Key, n.Key):
+				n.ID, old.VNI, old.Prefixes, Shown(old.Given), a.VNI, a.Prefixes, Shown(given))
+		case len(n.Key) > 0:
 			// The other managers and the hosts have that of the options.
 			old.Key = n.Key
 		}
@@ -246,13 +246,14 @@ func pointers(data []network.IPAMData) []*network.IPAMData {
 
 // shown hides a key.
 func shown(option, value string) string {
-	if option == "key" || option == optKey {
+	if option == "key" || option == OptKey {
 		return "…"
 	}
 	return value
 }
 
-func shownAll(options map[string]string) map[string]string {
+// Shown returns options as they may be shown: without a key.
+func Shown(options map[string]string) map[string]string {
 	out := map[string]string{}
 	for k, v := range options {
 		out[k] = shown(k, v)

@@ -33,8 +33,8 @@ func TestAllocationIsRepeated(t *testing.T) {
 		t.Errorf("the user's options are not echoed: %v", first)
 	}
 	// The VNI must never change for an id: managers of several versions derive it.
-	if first[optVNI] != "12639212" || len(first[optKey]) != 64 {
-		t.Errorf("answered vni %s and a key of %d digits", first[optVNI], len(first[optKey]))
+	if first[optVNI] != "12639212" || len(first[OptKey]) != 64 {
+		t.Errorf("answered vni %s and a key of %d digits", first[optVNI], len(first[OptKey]))
 	}
 	for name, options := range map[string]map[string]string{"answer lost": given, "former answer": first} {
 		if again := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", options)); !maps.Equal(again, first) {
@@ -57,7 +57,7 @@ func TestAllocationIsRepeated(t *testing.T) {
 	if _, err := d.FreeNetwork(t.Context(), network.FreeNetworkRequest{NetworkID: swarmNet}); err != nil {
 		t.Errorf("once more: %v", err)
 	}
-	if again := mustAllocate(t, d, allocation(swarmNet, "10.91.0.0/24", nil)); again[optKey] == first[optKey] {
+	if again := mustAllocate(t, d, allocation(swarmNet, "10.91.0.0/24", nil)); again[OptKey] == first[OptKey] {
 		t.Error("a new network has the key of the one that was freed")
 	}
 }
@@ -86,7 +86,7 @@ func TestAllocationIsRefused(t *testing.T) {
 		{allocation("another", "10.92.0.0/24", map[string]string{"vni": "5001"}), "on host beta"},
 		{allocation("another", "10.92.0.0/24", map[string]string{"vnii": "1"}), "did you mean vni"},
 		{allocation("another", "10.92.0.0/24", map[string]string{"encrypted": ""}), "cannot encrypt"},
-		{allocation("another", "10.92.0.0/24", map[string]string{optKey: "00"}), "key of 32 bytes"},
+		{allocation("another", "10.92.0.0/24", map[string]string{OptKey: "00"}), "key of 32 bytes"},
 		{allocation("another", "10.92.0.1/24", nil), "host bits"},
 		{allocation("", "10.92.0.0/24", nil), "NetworkID"},
 		{network.AllocateNetworkRequest{NetworkID: "another"}, "subnet"},

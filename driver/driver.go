@@ -136,7 +136,7 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 			}
 			if !reflect.DeepEqual(normal(old), normal(*n)) {
 				return fmt.Errorf("network %s exists with subnets %v and options %v, not %v and %v; remove it first",
-					n.ID, old.Prefixes(), shownAll(old.Options), n.Prefixes(), shownAll(n.Options))
+					n.ID, old.Prefixes(), Shown(old.Options), n.Prefixes(), Shown(n.Options))
 			}
 			return nil
 		}

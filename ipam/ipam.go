@@ -192,7 +192,7 @@ func (i *IPAM) requestPool(ctx context.Context, r api.RequestPoolRequest) (p sto
 		if !serial(r.Options) && !has {
 			p.Refs++
 		} else if again := p.Refs > 0; p.Space == GlobalSpace && again {
-			if err := i.doubt(tx, p.ID); err != nil {
+			if err := doubt(tx, p.ID, i.cfg.Now().UTC()); err != nil {
 				return nil, err
 			}
 		} else {
@@ -243,34 +243,17 @@ func (i *IPAM) living(pools []store.Pool) []store.Pool {
 	return slices.DeleteFunc(slices.Clone(pools), func(p store.Pool) bool { return p.Space == GlobalSpace && p.Asked.Before(term) })
 }
 
-// doubt notes that all leases of a pool wait for their confirmation. Docker asks for
-// a pool that it has when this host becomes the leader of the Swarm; then it asks
-// for all addresses that are in use.
-func (i *IPAM) doubt(tx *store.Tx, pool string) error {
+// doubt notes since when the leases of a pool wait for their confirmation; the zero
+// time takes the doubt back. Docker asks for a pool that it has when this host becomes
+// the leader of the Swarm; then it asks for all addresses that are in use.
+func doubt(tx *store.Tx, pool string, since time.Time) error {
 	leases, err := tx.Leases(pool)
 	if err != nil {
 		return err
 	}
 	for _, l := range leases {
-		if l.Freed.IsZero() && l.Kind != kindGateway {
-			l.Doubt = i.cfg.Now().UTC()
-			if err := tx.PutLease(l); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// trust takes the doubt back.
-func trust(tx *store.Tx, pool string) error {
-	leases, err := tx.Leases(pool)
-	if err != nil {
-		return err
-	}
-	for _, l := range leases {
-		if !l.Doubt.IsZero() {
-			l.Doubt = time.Time{}
+		if l.Freed.IsZero() && l.Kind != kindGateway && !l.Doubt.Equal(since) {
+			l.Doubt = since
 			if err := tx.PutLease(l); err != nil {
 				return err
 			}
@@ -332,7 +315,7 @@ func (i *IPAM) ReleasePool(ctx context.Context, r api.ReleasePoolRequest) (struc
 			return nil, err
 		}
 		if kept {
-			return func() {}, trust(tx, p.ID)
+			return func() {}, doubt(tx, p.ID, time.Time{})
 		}
 		if p.Refs > 1 {
 			p.Refs--

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
 	"runtime"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/store"
 )
 
@@ -185,12 +185,7 @@ func (s *services) networks() ([]networkReply, error) {
 // withoutKey hides a network's key.
 func withoutKey(n store.Network) store.Network {
 	n.Key = nil
-	n.Options = maps.Clone(n.Options)
-	for _, k := range []string{"key", "weft.key"} {
-		if _, ok := n.Options[k]; ok {
-			n.Options[k] = "…"
-		}
-	}
+	n.Options = driver.Shown(n.Options)
 	return n
 }
 
@@ -205,14 +200,13 @@ func (s *services) swarm() (r swarmReply, err error) {
 	err = s.db.View(func(tx *store.Tx) error {
 		nodes, err := tx.Nodes()
 		for _, n := range nodes {
-			switch {
-			case n.Self:
+			if n.Self {
 				r.Self = n.Address
-			case n.Gone:
+				continue
+			}
+			r.Discovered = append(r.Discovered, n.Address)
+			if n.Gone {
 				r.Gone = append(r.Gone, n.Address)
-				r.Discovered = append(r.Discovered, n.Address)
-			default:
-				r.Discovered = append(r.Discovered, n.Address)
 			}
 		}
 		return err

@@ -6,13 +6,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/weftnet/weft/driver"
 )
 
 const (
 	scopeLocal  = "local"
 	scopeGlobal = "global"
-	// allocatedKey is the option that AllocateNetwork adds.
-	allocatedKey = "weft.key"
 	// mostNamed is how many hosts or services are named before "and N more".
 	mostNamed = 10
 )
@@ -68,7 +68,7 @@ func (v swarmView) refusesGlobal() bool {
 
 // network says what is wrong with a network of scope swarm.
 func (v swarmView) network(n dockerNetwork) (problem, bool) {
-	_, allocated := n.Options[allocatedKey]
+	_, allocated := n.Options[driver.OptKey]
 	from := n.ConfigFrom.Network
 	switch {
 	case v.status.Scope == scopeGlobal && from != "":

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/tools/txtar"
 
+	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/store"
 )
 
@@ -68,7 +69,7 @@ func TestSwarmProblems(t *testing.T) {
 		n := dockerNetwork{ID: "n", Name: "net", Driver: "weft:latest", Scope: "swarm", Options: map[string]string{"mtu": "1400"}}
 		n.ConfigFrom.Network = from
 		if allocated {
-			n.Options[allocatedKey] = "00"
+			n.Options[driver.OptKey] = "00"
 		}
 		return n
 	}

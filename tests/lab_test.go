@@ -215,7 +215,13 @@ func eventually(t *testing.T, d time.Duration, what string, ok func(context.Cont
 // reach waits until one container answers the other's ping.
 func reach(t *testing.T, from hosts.Container, address string) {
 	t.Helper()
-	eventually(t, 20*time.Second, from.Name+" reaches "+address, func(ctx context.Context) error {
+	reachWithin(t, 20*time.Second, from, address)
+}
+
+// reachWithin is reach with another limit than 20 seconds; address may be a name.
+func reachWithin(t *testing.T, d time.Duration, from hosts.Container, address string) {
+	t.Helper()
+	eventually(t, d, from.Name+" reaches "+address, func(ctx context.Context) error {
 		_, err := from.Exec(ctx, "ping", "-c", "1", "-W", "1", address)
 		return err
 	})

@@ -34,7 +34,7 @@ func (s *swarm) networks(t *testing.T) {
 		}
 		seen[addressOf(t, own[i], "own")] = true
 		for j, to := range all {
-			s.named(t, attached[i], "app"+to.Name)
+			named(t, attached[i], "app"+to.Name)
 			reach(t, own[i], addressOf(t, own[j], "own").String())
 			reach(t, closed[i], addressOf(t, closed[j], "closed").String())
 		}

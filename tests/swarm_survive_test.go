@@ -208,8 +208,8 @@ func (s *swarm) cut(t *testing.T) {
 	reach(t, there, addressOf(t, here, "cut").String())
 	reached := time.Since(start)
 	agreed := (&cluster{lab: s.lab}).agree(t, start)
-	s.named(t, here, "there")
-	s.named(t, there, "here")
+	named(t, here, "there")
+	named(t, there, "here")
 	named := time.Since(start)
 	// Swarm itself elects anew when a manager comes back, and then ends the tasks
 	// that it started elsewhere.
@@ -228,12 +228,9 @@ func (s *swarm) cut(t *testing.T) {
 
 // named waits until a container reaches another by its name. Names are Docker's: its
 // own gossip looks once a minute for hosts that it lost.
-func (s *swarm) named(t *testing.T, from hosts.Container, name string) {
+func named(t *testing.T, from hosts.Container, name string) {
 	t.Helper()
-	eventually(t, 2*time.Minute, from.Name+" reaches "+name, func(ctx context.Context) error {
-		_, err := from.Exec(ctx, "ping", "-c", "1", "-W", "1", name)
-		return err
-	})
+	reachWithin(t, 2*time.Minute, from, name)
 }
 
 // worker makes a manager a worker, kills its dockerd, lets it leave the Swarm and
