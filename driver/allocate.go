@@ -39,22 +39,23 @@ const (
 // the network, and lets them believe each other's records of it.
 func (d *Driver) AllocateNetwork(ctx context.Context, r network.AllocateNetworkRequest) (network.AllocateNetworkResponse, error) {
 	options, err := d.allocate(ctx, r)
-	d.noteRefusal(store.NetworkID(r.NetworkID), err)
+	d.noteRefusal(store.NetworkID(r.NetworkID), false, err)
 	if err != nil {
 		return network.AllocateNetworkResponse{}, fmt.Errorf("allocate network: %w", err)
 	}
 	return network.AllocateNetworkResponse{Options: options}, nil
 }
 
-// Refusal is why a network of Swarm was not allocated. Docker does not tell its user:
-// the network is there, and its tasks wait.
+// Refusal is why a network of Swarm was not allocated, or not made on this host. Docker
+// does not tell its user: the network is there, and its tasks wait or go elsewhere.
 type Refusal struct {
 	Reason string
+	Here   bool // allocated, but not made on this host
 	At     time.Time
 }
 
 // refusalStays is how long a refusal is told: Docker says nothing when the network is
-// removed.
+// removed, or its tasks run elsewhere.
 const refusalStays = 10 * time.Minute
 
 // Refusals returns those of the last ten minutes.
@@ -65,7 +66,7 @@ func (d *Driver) Refusals() map[store.NetworkID]Refusal {
 	return maps.Clone(d.refused)
 }
 
-func (d *Driver) noteRefusal(id store.NetworkID, err error) {
+func (d *Driver) noteRefusal(id store.NetworkID, here bool, err error) {
 	d.refusedMu.Lock()
 	defer d.refusedMu.Unlock()
 	delete(d.refused, id)
@@ -75,7 +76,7 @@ func (d *Driver) noteRefusal(id store.NetworkID, err error) {
 	if d.refused == nil {
 		d.refused = map[store.NetworkID]Refusal{}
 	}
-	d.refused[id] = Refusal{Reason: err.Error(), At: time.Now()}
+	d.refused[id] = Refusal{Reason: err.Error(), Here: here, At: time.Now()}
 }
 
 func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest) (map[string]string, error) {
@@ -96,7 +97,7 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 		if a, err = d.decide(tx, n, foreign); err != nil {
 			return err
 		}
-		a.Asked = time.Now().UTC()
+		a.Term = d.term()
 		return tx.PutAllocation(a)
 	})
 	if err != nil {
@@ -172,18 +173,22 @@ func (d *Driver) overlaps(tx *store.Tx, a store.Allocation) error {
 	if err != nil {
 		return err
 	}
-	var term time.Time
-	if d.Term != nil {
-		term = d.Term()
-	}
+	term := d.term()
 	for _, o := range all {
 		for _, p := range a.Prefixes {
-			if o.ID != a.ID && !o.Asked.Before(term) && slices.ContainsFunc(o.Prefixes, p.Overlaps) {
+			if o.ID != a.ID && (term == 0 || o.Term == term) && slices.ContainsFunc(o.Prefixes, p.Overlaps) {
 				return fmt.Errorf("subnet %s overlaps %v of Swarm network %.12s; choose another", p, o.Prefixes, o.ID)
 			}
 		}
 	}
 	return nil
+}
+
+func (d *Driver) term() uint64 {
+	if d.Term == nil {
+		return 0
+	}
+	return d.Term()
 }
 
 // unallocated refuses a VNI that another network has, as far as this host knows.
@@ -215,7 +220,7 @@ func deriveVNI(id store.NetworkID, round int) store.VNI {
 
 // FreeNetwork forgets an allocation. An unknown one is no error.
 func (d *Driver) FreeNetwork(ctx context.Context, r network.FreeNetworkRequest) (struct{}, error) {
-	d.noteRefusal(store.NetworkID(r.NetworkID), nil)
+	d.noteRefusal(store.NetworkID(r.NetworkID), false, nil)
 	err := d.DB.Update(ctx, func(tx *store.Tx) error { return tx.DeleteAllocation(store.NetworkID(r.NetworkID)) })
 	return struct{}{}, err
 }

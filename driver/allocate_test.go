@@ -1,7 +1,9 @@
 package driver
 
 import (
+	"context"
 	"maps"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -113,4 +115,52 @@ func TestAllocationIsRefused(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A network of an earlier term, whose end this manager may have missed, does not stand
+// in the way; no clock is asked.
+func TestAllocationOfAnEarlierTerm(t *testing.T) {
+	d, _ := newDriver(t)
+	term := uint64(7)
+	d.Term = func() uint64 { return term }
+	former := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil))
+	clash := allocation("another", "10.90.0.0/25", nil)
+	if _, err := d.AllocateNetwork(t.Context(), clash); err == nil {
+		t.Error("an overlapping subnet is given out in the same term")
+	}
+	term = 3 // it need not rise
+	mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", former))
+	if _, err := d.AllocateNetwork(t.Context(), clash); err == nil {
+		t.Error("an overlapping subnet is given out though Docker asked for the network again")
+	}
+	term = 8
+	mustAllocate(t, d, clash)
+}
+
+// Docker's user does not see why a network of Swarm is not made on a host.
+func TestRefusedHereIsTold(t *testing.T) {
+	d, _ := newDriver(t)
+	route := []Route{{Prefix: netip.MustParsePrefix("10.90.0.0/16"), Link: "eth0"}}
+	d.Routes = func(context.Context) ([]Route, error) { return route, nil }
+	options := map[string]any{keyGeneric: anyValues(mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil)))}
+	create := func(id string) error {
+		_, err := d.CreateNetwork(t.Context(), network.CreateNetworkRequest{NetworkID: id, Options: options, IPv4Data: []*network.IPAMData{{Pool: "10.90.0.0/24"}}})
+		return err
+	}
+	alone := strings.Repeat("ab", 32)
+	for _, id := range []string{swarmNet, alone} {
+		if err := create(id); err == nil || !strings.Contains(err.Error(), "route 10.90.0.0/16 on eth0") {
+			t.Errorf("network %s: %v", id, err)
+		}
+	}
+	if all := d.Refusals(); len(all) != 1 || !all[swarmNet].Here {
+		t.Errorf("told is %+v, want that of the network of Swarm alone", all)
+	}
+	route = nil
+	if err := create(swarmNet); err != nil {
+		t.Error(err)
+	}
+	if all := d.Refusals(); len(all) > 0 {
+		t.Errorf("made, but told: %+v", all)
+	}
 }

@@ -53,10 +53,11 @@ type Config struct {
 	DB *store.DB
 	// Refuse returns why this host must not make anything new now, or nil.
 	Refuse func() error
-	// Term returns since when what Docker asked for is known to count: a manager that
-	// becomes the leader of its Swarm again may have missed the end of networks. nil
-	// means for ever.
-	Term   func() time.Time
+	// Term returns a number that is another one whenever Docker begins to ask anew for
+	// all that its Swarm has, or 0 before. What it has not asked for since then is not
+	// known to count: a manager that becomes the leader again may have missed the end of
+	// networks. nil: there is one term.
+	Term   func() uint64
 	Sync   Syncer
 	Routes func(context.Context) ([]Route, error)
 	VXLANs func(context.Context) ([]VXLAN, error)
@@ -87,16 +88,27 @@ func GetCapabilities(scope string) Capabilities {
 // CreateNetwork records a network and makes its bridge, its VXLAN device and the
 // rules.
 func (d *Driver) CreateNetwork(ctx context.Context, r network.CreateNetworkRequest) (struct{}, error) {
+	err := d.createNetwork(ctx, r)
+	if id := store.NetworkID(r.NetworkID); id.OfSwarm() { // else its user is told
+		d.noteRefusal(id, true, err)
+	}
+	if err != nil {
+		err = fmt.Errorf("create network: %w", err)
+	}
+	return struct{}{}, err
+}
+
+func (d *Driver) createNetwork(ctx context.Context, r network.CreateNetworkRequest) error {
 	n, err := parseNetwork(r)
 	if err == nil {
 		err = d.refuse()
 	}
 	if err != nil {
-		return struct{}{}, fmt.Errorf("create network: %w", err)
+		return err
 	}
 	made, err := d.addNetwork(ctx, &n)
 	if err != nil {
-		return struct{}{}, fmt.Errorf("create network: %w", err)
+		return err
 	}
 	d.asked.Store(n.ID, true)
 	store.FailPoint("driver.CreateNetwork.written")
@@ -104,10 +116,10 @@ func (d *Driver) CreateNetwork(ctx context.Context, r network.CreateNetworkReque
 		if made {
 			err = errors.Join(err, d.forget(func(tx *store.Tx) error { return tx.DeleteNetwork(n.ID) }))
 		}
-		return struct{}{}, fmt.Errorf("create network: vni %d: %w", n.VNI, err)
+		return fmt.Errorf("vni %d: %w", n.VNI, err)
 	}
 	store.FailPoint("driver.CreateNetwork.synced")
-	return struct{}{}, nil
+	return nil
 }
 
 func (d *Driver) refuse() error {

@@ -62,9 +62,9 @@ type Config struct {
 	Grace time.Duration
 	// AuditEvery is how often Run audits; 0 means every minute.
 	AuditEvery time.Duration
-	// Term returns since when a pool of the global space that Docker requested is
-	// known to be in use; nil means for ever. See driver.Config.
-	Term func() time.Time
+	// Term returns a number: a pool of the global space that Docker requested under
+	// another one is not known to be in use. See driver.Config.
+	Term func() uint64
 	Now  func() time.Time // nil means time.Now
 	Log  *slog.Logger     // nil means none
 }
@@ -198,7 +198,7 @@ func (i *IPAM) requestPool(ctx context.Context, r api.RequestPoolRequest) (p sto
 		} else {
 			p.Refs = 1 // a Swarm's networks do not share pools
 		}
-		p.Asked, p.Swarm = i.cfg.Now().UTC(), p.Swarm || has
+		p.Asked, p.Term, p.Swarm = i.cfg.Now().UTC(), i.term(), p.Swarm || has
 		return func() {}, tx.PutPool(p)
 	})
 	return p, err
@@ -236,11 +236,15 @@ func (i *IPAM) choosePool(tx *store.Tx, want store.Pool, routes []netip.Prefix, 
 // living leaves out pools of the global space that may be gone: Docker has not asked
 // for them since this host became the leader.
 func (i *IPAM) living(pools []store.Pool) []store.Pool {
+	term := i.term()
+	return slices.DeleteFunc(slices.Clone(pools), func(p store.Pool) bool { return p.Space == GlobalSpace && term != 0 && p.Term != term })
+}
+
+func (i *IPAM) term() uint64 {
 	if i.cfg.Term == nil {
-		return pools
+		return 0
 	}
-	term := i.cfg.Term()
-	return slices.DeleteFunc(slices.Clone(pools), func(p store.Pool) bool { return p.Space == GlobalSpace && p.Asked.Before(term) })
+	return i.cfg.Term()
 }
 
 // doubt notes since when the leases of a pool wait for their confirmation; the zero

@@ -30,8 +30,8 @@ type discovery struct {
 // Limits of what is kept.
 const (
 	maxNodes = 8192
-	// forgetNodes is after what time without a word a host is no longer looked for.
-	// Docker tells of all when it starts.
+	// forgetNodes is after what time without a word a host is no longer looked for,
+	// while there is word of others. Docker tells of all when it starts.
 	forgetNodes = 30 * 24 * time.Hour
 	nodeHosts   = 1 // DiscoveryType of hosts
 )
@@ -128,7 +128,15 @@ func saveNodes(ctx context.Context, db *store.DB, heard []store.Node) (inSwarm b
 			known[n.Address] = n
 		}
 		for _, n := range heard {
+			fresh := clockMoved(known, n.Heard)
 			for a, o := range known {
+				if fresh || o.Heard.After(n.Heard) {
+					o.Heard = n.Heard
+					known[a] = o
+					if err := tx.PutNode(o); err != nil {
+						return err
+					}
+				}
 				// This host has one address; one that was not heard of for long is
 				// nobody's.
 				if n.Self && o.Self && a != n.Address || n.Heard.Sub(o.Heard) > forgetNodes {
@@ -155,6 +163,17 @@ func saveNodes(ctx context.Context, db *store.DB, heard []store.Node) (inSwarm b
 		err = db.Update(ctx, write)
 	}
 	return inSwarm, err
+}
+
+// clockMoved reports whether there was no word of any host for so long that this
+// host's clock was set, or Docker did not run: that tells nothing of one host.
+func clockMoved(known map[netip.Addr]store.Node, now time.Time) bool {
+	for _, o := range known {
+		if now.Sub(o.Heard) <= forgetNodes {
+			return false
+		}
+	}
+	return true
 }
 
 // underlayAddress returns the function that says by which address other hosts reach

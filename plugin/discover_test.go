@@ -15,7 +15,7 @@ import (
 
 // testProcess is one that answers calls with the settings' defaults.
 func testProcess() *process {
-	return &process{set: settings{scope: "local"}, swarm: newDiscovery(), asked: new(atomic.Int64)}
+	return &process{set: settings{scope: "local"}, swarm: newDiscovery(), asked: new(atomic.Uint64)}
 }
 
 func TestDiscovery(t *testing.T) {
@@ -82,9 +82,23 @@ func TestDiscovery(t *testing.T) {
 			t.Errorf("%q changed %v to %v", body, before, got)
 		}
 	}
-	// What nobody spoke of for long is forgotten.
-	late := store.Node{Address: netip.MustParseAddr("192.0.2.4"), Heard: time.Now().Add(forgetNodes + time.Hour)}
-	d.add(late)
+	// The clock is set a year ahead and back: nobody is forgotten.
+	in := func(d time.Duration, address string) store.Node {
+		return store.Node{Address: netip.MustParseAddr(address), Heard: time.Now().Add(d)}
+	}
+	const day = 24 * time.Hour
+	all := []string{"self 192.0.2.111", "192.0.2.2", "192.0.2.3"}
+	for _, off := range []time.Duration{365 * day, 0, -365 * day, 0} {
+		for range 2 {
+			d.add(in(off, "192.0.2.3"))
+			if got := known(); !slices.Equal(got, all) {
+				t.Errorf("with the clock off by %s: %v, want %v", off, got, all)
+			}
+		}
+	}
+	// What nobody spoke of for long, while others were, is forgotten.
+	d.add(in(20*day, "192.0.2.4"))
+	d.add(in(forgetNodes+day, "192.0.2.4"))
 	if got := known(); !slices.Equal(got, []string{"self invalid IP", "192.0.2.4"}) {
 		t.Errorf("a month later: %v", got)
 	}

@@ -136,6 +136,10 @@ func problems(v view) []problem {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(v.refused)) {
+		if v.refused[id].Here {
+			add("put right what is in the way: Docker's next try succeeds; or docker node update --availability drain", "Swarm network %.12s is not on this host, and its tasks do not start here: %s", id, v.refused[id].Reason)
+			continue
+		}
 		add("remove the network and create it again without what is wrong", "Swarm network %.12s is not allocated, and its tasks wait: %s", id, v.refused[id].Reason)
 	}
 	out = append(out, v.clusterProblems()...)

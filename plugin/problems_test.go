@@ -51,6 +51,10 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 			v.refused = map[store.NetworkID]driver.Refusal{"uevk9dbp5kwsf7p8jnic6u85c": {Reason: "option vni: 0"}}
 		},
 			"Swarm network uevk9dbp5kws is not allocated, and its tasks wait: option vni: 0", false},
+		{"refused here", func(v *view) {
+			v.refused = map[store.NetworkID]driver.Refusal{"uevk9dbp5kwsf7p8jnic6u85c": {Reason: "subnet 10.1.0.0/16 overlaps", Here: true}}
+		},
+			"Swarm network uevk9dbp5kws is not on this host, and its tasks do not start here: subnet 10.1.0.0/16 overlaps", false},
 		{"gossip down", func(v *view) { v.clusterErr = errors.New("port 4796 is taken") }, "other hosts are not heard: port 4796 is taken", false},
 		{"twin", func(v *view) { v.twin = "192.0.2.7" }, "host 192.0.2.7 has the same identity", false},
 		{"nobody heard", func(v *view) { v.status.Join = []string{"a:1"} }, "no other host was ever heard (WEFT_JOIN=a:1)", false},

@@ -51,7 +51,7 @@ type process struct {
 	log     *slog.Logger
 	journal *journal
 	swarm   *discovery
-	asked   *atomic.Int64 // Unix nanoseconds of the last GetCapabilities
+	asked   *atomic.Uint64 // a random number, another one with each GetCapabilities
 	started time.Time
 }
 
@@ -71,7 +71,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	var wrong error
 	p.set, wrong = parseSettings(os.Getenv, os.ReadFile)
 	useFailPoints(p.places.state)
-	p.started, p.gate, p.swarm, p.asked = time.Now(), newGate(), newDiscovery(), new(atomic.Int64)
+	p.started, p.gate, p.swarm, p.asked = time.Now(), newGate(), newDiscovery(), new(atomic.Uint64)
 	p.metrics = newMetrics(p.gate)
 	// dockerd writes the time in front of each line.
 	p.log = slog.New(slog.NewTextHandler(errOut, &slog.HandlerOptions{Level: p.set.level, ReplaceAttr: dropTime}))
@@ -236,11 +236,10 @@ func (p *process) serveRecords(ctx context.Context) error {
 	return err
 }
 
-// term returns since when Docker's Swarm has repeated what it has: it asks for the
-// capabilities first whenever this host becomes the leader.
-func (p *process) term() time.Time {
-	return time.Unix(0, p.asked.Load())
-}
+// term tells apart the times in which Docker's Swarm repeats what it has: it asks for
+// the capabilities first whenever this host becomes the leader. No clock is asked, since
+// one may be set back meanwhile.
+func (p *process) term() uint64 { return p.asked.Load() }
 
 // reportReady logs when the kernel was compared for the first time.
 func reportReady(ctx context.Context, loop *dataplane.Loop, log *slog.Logger) error {

@@ -221,6 +221,7 @@ type Pool struct {
 	Next   netip.Addr        `json:"next,omitzero"` // where the search for a free address goes on
 	Opts   map[string]string `json:"opts,omitempty"`
 	Asked  time.Time         `json:"asked,omitzero"` // when Docker last requested it
+	Term   uint64            `json:"term,omitempty"` // in which it did (ipam.Config)
 	// Swarm: it is or was the pool of a network of Swarm on this host.
 	Swarm bool `json:"swarm,omitempty"`
 }
@@ -248,7 +249,7 @@ type Allocation struct {
 	Prefixes []netip.Prefix    `json:"prefixes"` // sorted
 	Given    map[string]string `json:"given"`    // the user's options
 	Meet     []netip.Addr      `json:"meet,omitempty"`
-	Asked    time.Time         `json:"asked"` // when Docker last asked for it
+	Term     uint64            `json:"term,omitempty"` // in which Docker last asked for it (driver.Config)
 }
 
 // Node is a host of the Swarm, as Docker tells of it.

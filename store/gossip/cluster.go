@@ -92,6 +92,7 @@ type Cluster struct {
 	stats   counters
 	drops   drops
 	reach   func(netip.Addr) error // nil: everybody; tests cut hosts off with it
+	clock   func() time.Time       // of the day; only numbers that should rise come from it
 	under   underlay               // sockets; simulations have a network in memory
 
 	mu       sync.Mutex // guards what follows
@@ -143,7 +144,7 @@ func New(cfg Config) (*Cluster, error) {
 		boot: uint64(time.Now().UnixNano()), table: newTable(time.Now, cfg.DB.Self().Epoch),
 		moved: make(chan struct{}, 1), outbid: make(chan struct{}, 1), fetches: make(chan struct{}, maxFetches),
 		verified: map[string]verified{}}
-	c.under = sockets{}
+	c.under, c.clock = sockets{}, time.Now
 	c.drops.init()
 	for _, j := range cfg.Join {
 		t, err := parseTarget(j, cfg.Port)

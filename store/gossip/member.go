@@ -144,7 +144,7 @@ func (c *Cluster) renew(addr netip.Addr, above uint64) {
 	host.Address = addr
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	counter := max(c.self.Counter+1, above+1, uint64(time.Now().UnixNano()))
+	counter := max(c.self.Counter+1, above+1, uint64(c.clock().UnixNano()))
 	c.self = record{Host: host, Port: c.cfg.Port, Boot: c.boot, Counter: counter}
 	c.self.ID, c.self.DataPort = c.id, c.cfg.DataPort
 	c.meta = c.self.sign(c.cfg.Identity)
