@@ -54,6 +54,9 @@ func TestStrangerWithoutTheNetworksKey(t *testing.T) {
 			t.Errorf("%s is told %+v", h.addr, got)
 		}
 	}
+	if n := a.c.Stats().Dropped["no-network-key"]; n != 2 {
+		t.Errorf("%d questions without the key are counted, want 2", n)
+	}
 	if got := a.sees(5000); len(got) != 1 {
 		t.Errorf("a sees %v, want ep1 alone", got)
 	}

@@ -229,6 +229,7 @@ func (c *Cluster) read(q request, id store.HostID) (answer, error) {
 				return err
 			}
 			if err == nil && len(n.Key) > 0 && !hmac.Equal(q.Proof, n.Proof(id)) {
+				c.drops.count("no-network-key")
 				a.Err = fmt.Sprintf("host %s does not hold the key of network %d", id, q.VNI)
 				return nil
 			}
