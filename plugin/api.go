@@ -43,6 +43,9 @@ type problem struct {
 	Text   string `json:"text"`
 	Remedy string `json:"remedy,omitempty"`
 	Advice bool   `json:"advice,omitempty"` // nothing is broken, but could be better
+	// Network of Swarm that it is about, or "": Docker does not tell the plugin when a
+	// network goes that was refused.
+	Network store.NetworkID `json:"network,omitempty"`
 }
 
 type underlayReply struct {

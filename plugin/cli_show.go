@@ -23,7 +23,7 @@ func status(ctx context.Context, c *cli) error {
 	var v swarmView
 	if s.Ready {
 		v = c.askSwarm(ctx, s)
-		s.Problems = append(s.Problems, v.problems()...)
+		s.Problems = append(v.current(s.Problems), v.problems()...)
 		slices.SortStableFunc(s.Problems, func(a, b problem) int { return cmp.Compare(rank(a), rank(b)) })
 	}
 	wrong := slices.ContainsFunc(s.Problems, func(p problem) bool { return !p.Advice })

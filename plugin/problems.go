@@ -136,11 +136,12 @@ func problems(v view) []problem {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(v.refused)) {
+		text, remedy := "Swarm network %.12s is not allocated, and its tasks wait: %s", "remove the network and create it again without what is wrong"
 		if v.refused[id].Here {
-			add("put right what is in the way: Docker's next try succeeds; or docker node update --availability drain", "Swarm network %.12s is not on this host, and its tasks do not start here: %s", id, v.refused[id].Reason)
-			continue
+			text, remedy = "Swarm network %.12s is not on this host, and its tasks do not start here: %s", "put right what is in the way, and Docker's next try succeeds; or docker node update --availability drain"
 		}
-		add("remove the network and create it again without what is wrong", "Swarm network %.12s is not allocated, and its tasks wait: %s", id, v.refused[id].Reason)
+		add(remedy, text, id, v.refused[id].Reason)
+		out[len(out)-1].Network = id
 	}
 	out = append(out, v.clusterProblems()...)
 	if v.status.IPTables == "legacy" && !v.xtablesShared {

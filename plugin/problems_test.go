@@ -78,3 +78,20 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		})
 	}
 }
+
+// Docker tells the plugin nothing when a network goes that was refused; on a manager
+// it knows.
+func TestRefusalEndsWithTheNetwork(t *testing.T) {
+	told := func(v swarmView) (text string) {
+		for _, p := range v.current([]problem{{Text: "a", Network: "there"}, {Text: "b", Network: "gone"}, {Text: "c"}}) {
+			text += p.Text
+		}
+		return text
+	}
+	if got := told(swarmView{ids: map[store.NetworkID]bool{"there": true}}); got != "ac" {
+		t.Errorf("a manager is told %q, want a and c", got)
+	}
+	if got := told(swarmView{}); got != "abc" {
+		t.Errorf("where Docker does not tell, %q is told, want all", got)
+	}
+}

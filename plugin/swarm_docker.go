@@ -69,10 +69,11 @@ type swarmView struct {
 	status   statusReply
 	peers    []peerReply
 	info     dockerInfo
-	networks []dockerNetwork // the plugin's of scope swarm
-	nodes    []dockerNode    // as a manager tells
-	services []dockerService // the same
-	missing  string          // why not all was looked at
+	networks []dockerNetwork          // the plugin's of scope swarm
+	ids      map[store.NetworkID]bool // of all networks, as a manager tells
+	nodes    []dockerNode             // as a manager tells
+	services []dockerService          // the same
+	missing  string                   // why not all was looked at
 }
 
 // askSwarm looks at Swarm for weft status. What it cannot learn is in missing.
@@ -103,7 +104,13 @@ func (v *swarmView) ask(ctx context.Context, c *cli) error {
 	if err := c.docker.get(ctx, "/networks", &all); err != nil {
 		return err
 	}
+	if v.info.Swarm.ControlAvailable {
+		v.ids = map[store.NetworkID]bool{}
+	}
 	for _, n := range all {
+		if v.ids != nil {
+			v.ids[store.NetworkID(n.ID)] = true
+		}
 		if n.Driver == v.plugin && n.Scope == "swarm" && !n.ConfigOnly {
 			v.networks = append(v.networks, n)
 		}
@@ -115,6 +122,11 @@ func (v *swarmView) ask(ctx context.Context, c *cli) error {
 		return err
 	}
 	return c.docker.get(ctx, "/services", &v.services)
+}
+
+// current leaves out what the plugin says of networks that are gone.
+func (v swarmView) current(all []problem) []problem {
+	return slices.DeleteFunc(all, func(p problem) bool { return p.Network != "" && v.ids != nil && !v.ids[p.Network] })
 }
 
 // sort puts what Docker lists in the order of its ids into that of its names.
