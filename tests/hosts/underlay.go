@@ -3,6 +3,7 @@ package hosts
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"strconv"
@@ -70,6 +71,20 @@ route add default via 2001:db8::1
 }
 
 func port(h *Host) string { return "h-" + h.Name }
+
+// Renumber gives the host another IPv4 address on the underlay, as a new lease of
+// DHCP does. Address is the new one from then on.
+func (h *Host) Renumber(ctx context.Context, to netip.Addr) error {
+	err := ipBatch(ctx, h.netns, `
+address del `+h.Address.String()+`/24 dev eth0
+address add `+to.String()+`/24 dev eth0
+route replace default via 192.0.2.1
+`)
+	if err == nil {
+		h.Address = to
+	}
+	return err
+}
 
 // Cut drops everything to and from the host, silently: its link stays up.
 func (u *Underlay) Cut(ctx context.Context, h *Host) error {
