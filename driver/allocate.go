@@ -142,6 +142,9 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 	if n.VNI != 0 && len(n.Key) > 0 {
 		return a, nil // another leader's answer
 	}
+	if err := oneFamily(a.Prefixes); err != nil {
+		return a, err
+	}
 	if err := d.overlaps(tx, a); err != nil {
 		return a, err
 	}
@@ -164,6 +167,19 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 		}
 	}
 	return a, errors.New("no free vni was found; give one with -o vni")
+}
+
+// oneFamily refuses IPv6. Swarm's leader gives a task one address of a network, from
+// any of its subnets; the one of the other family each host then takes for itself,
+// also on a network with IPv6 alone, and two hosts take the same
+// (swarmkit's cnmallocator, allocateNetworkIPs).
+func oneFamily(prefixes []netip.Prefix) error {
+	for _, p := range prefixes {
+		if p.Addr().Is6() {
+			return fmt.Errorf("subnet %s: under scope global Swarm gives a task IPv4 or IPv6, never both, and each host makes up the other address, which may be another task's; leave --ipv6 out, or set WEFT_SCOPE=local and use --config-from", p)
+		}
+	}
+	return nil
 }
 
 // overlaps refuses the subnets of another network of the Swarm. One that Docker has

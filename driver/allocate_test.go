@@ -90,6 +90,8 @@ func TestAllocationIsRefused(t *testing.T) {
 		{allocation("another", "10.92.0.0/24", map[string]string{"encrypted": ""}), "cannot encrypt"},
 		{allocation("another", "10.92.0.0/24", map[string]string{OptKey: "00"}), "key of 32 bytes"},
 		{allocation("another", "10.92.0.1/24", nil), "host bits"},
+		{allocation("another", "fd00:92::/64", nil), "leave --ipv6 out"},
+		{network.AllocateNetworkRequest{NetworkID: "another", IPv4Data: []network.IPAMData{{Pool: "10.92.0.0/24"}, {Pool: "fd00:92::/64"}}}, "subnet fd00:92::/64"},
 		{allocation("", "10.92.0.0/24", nil), "NetworkID"},
 		{network.AllocateNetworkRequest{NetworkID: "another"}, "subnet"},
 	} {

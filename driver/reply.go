@@ -51,5 +51,22 @@ func joinReply(n store.Network, e store.Endpoint) JoinResponse {
 	if prefix == "" {
 		prefix = "eth"
 	}
-	return JoinResponse{InterfaceName: InterfaceName{SrcName: store.ContainerLink(e.ID.HostLink()), DstPrefix: prefix, DstName: e.Ifname}}
+	return JoinResponse{InterfaceName: InterfaceName{SrcName: store.ContainerLink(e.ID.HostLink()), DstPrefix: prefix, DstName: e.Ifname},
+		StaticRoutes: subnetRoutes(n, e)}
+}
+
+// subnetRoutes lead to the network's other subnets, which are on the same link.
+func subnetRoutes(n store.Network, e store.Endpoint) []network.StaticRoute {
+	const connected = 1 // libnetwork's types.CONNECTED
+	var out []network.StaticRoute
+	for _, s := range n.Subnets {
+		own := e.IPv4
+		if s.Pool.Addr().Is6() {
+			own = e.IPv6
+		}
+		if own.IsValid() && !s.Pool.Contains(own.Addr()) {
+			out = append(out, network.StaticRoute{Destination: s.Pool.String(), RouteType: connected})
+		}
+	}
+	return out
 }

@@ -3,6 +3,7 @@ package ipam
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"strings"
 
@@ -62,6 +63,9 @@ func parsePoolID(id string) (store.Pool, error) {
 // will do. The V6 flag of the request is not looked at: engines set it wrongly.
 func parsePoolRequest(r api.RequestPoolRequest) (store.Pool, error) {
 	for k := range r.Options {
+		if k == optType { // Swarm's leader leaves it in for all subnets but the first
+			continue
+		}
 		if !strings.HasPrefix(k, dockerPrefix) {
 			return store.Pool{}, unknownOption(k)
 		}
@@ -70,7 +74,8 @@ func parsePoolRequest(r api.RequestPoolRequest) (store.Pool, error) {
 		return store.Pool{}, fmt.Errorf("SubPool %s (--ip-range) needs a Pool (--subnet) that it lies in", quote(r.SubPool))
 	}
 	p, err := parsePools(r.AddressSpace, r.Pool, r.SubPool)
-	p.Opts = r.Options
+	p.Opts = maps.Clone(r.Options)
+	delete(p.Opts, optType)
 	return p, err
 }
 

@@ -291,3 +291,21 @@ func TestPoolGoesWithItsNetworkOfSwarm(t *testing.T) {
 		t.Errorf("%d pools are left", n)
 	}
 }
+
+// Swarm's leader leaves an option of the first subnet's gateway in the requests for
+// the other subnets of a network.
+func TestLeaderRequestsSeveralSubnets(t *testing.T) {
+	b := newBed(t)
+	for _, c := range []struct{ pool, gateway string }{{"10.90.0.0/24", "10.90.0.1/24"}, {"10.91.0.0/24", "10.91.0.1/24"}} {
+		r, err := b.RequestPool(t.Context(), api.RequestPoolRequest{AddressSpace: GlobalSpace, Pool: c.pool, Options: map[string]string{optSerial: "true", optType: typeGateway}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := b.must(t, r.PoolID, "", optSerial, "true", optType, typeGateway); got != c.gateway {
+			t.Errorf("the gateway of %s is %s", c.pool, got)
+		}
+		if got := b.must(t, r.PoolID, "", optSerial, "true"); got == c.gateway {
+			t.Errorf("a task of %s has the gateway's address", c.pool)
+		}
+	}
+}
