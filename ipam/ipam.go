@@ -57,6 +57,10 @@ type Config struct {
 	Defaults []netip.Prefix
 	// Routes returns the host's routes; nil means that there are none.
 	Routes func(context.Context) ([]netip.Prefix, error)
+	// Swarm: pools that are asked for by subnet are, as a rule, those of networks of
+	// Swarm, also where Docker does not mark them. The host's routes do not count then;
+	// our driver refuses such a network, and says so.
+	Swarm bool
 	// Grace is how long Audit waits before it frees a leaked lease; 0 means 10
 	// minutes.
 	Grace time.Duration
@@ -175,7 +179,7 @@ func (i *IPAM) requestPool(ctx context.Context, r api.RequestPoolRequest) (p sto
 	var routes []netip.Prefix
 	// Swarm has decided on a pool that it confirms; a route that came later
 	// cannot undo that on one host.
-	if i.cfg.Routes != nil && !(want.Prefix.IsValid() && serial(r.Options)) {
+	if i.cfg.Routes != nil && !(want.Prefix.IsValid() && (i.cfg.Swarm || serial(r.Options))) {
 		// A route that could not be read is not a route that is not there.
 		if routes, err = i.cfg.Routes(ctx); err != nil {
 			return p, fmt.Errorf("read the host's routes: %w", err)

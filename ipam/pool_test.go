@@ -128,6 +128,19 @@ func TestSamePoolIsCounted(t *testing.T) {
 	b.must(t, r.PoolID, "10.70.0.1", optType, gatewayType)
 }
 
+// In a Swarm the driver refuses what one host cannot have, for it can say so.
+func TestPoolOfSwarmDoesNotMindRoutes(t *testing.T) {
+	b := newBed(t)
+	b.routes = []netip.Prefix{netip.MustParsePrefix("10.70.0.0/16")}
+	for _, swarm := range []bool{false, true} {
+		b.cfg.Swarm = swarm
+		_, err := b.RequestPool(t.Context(), api.RequestPoolRequest{AddressSpace: LocalSpace, Pool: "10.70.1.0/24"})
+		if (err == nil) != swarm {
+			t.Errorf("in a Swarm %t: %v", swarm, err)
+		}
+	}
+}
+
 func TestRoutesThatCannotBeReadRefuseThePool(t *testing.T) {
 	b := newBed(t)
 	b.cfg.Routes = func(context.Context) ([]netip.Prefix, error) { return nil, errors.New("no netlink") }

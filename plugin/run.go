@@ -219,7 +219,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	loop := dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
 		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Term: p.term, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
-		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term, Routes: ipamRoutes(k), AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
+		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}
 	// Before the gate opens: nothing of what follows may come in between.
 	p.journal.finish(ctx, svc)
