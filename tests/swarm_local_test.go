@@ -56,6 +56,7 @@ func TestSwarmScopeLocal(t *testing.T) {
 		removeUnused(t, h, "app-config", "own-config")
 	}
 	s.forgotten(t)
+	t.Run("both families", s.bothFamilies)
 	s.nothingLeft(t)
 	figure(t, "swarm: scope local, networks from configurations", 1, "%d tasks on 3 hosts reach each other by name and address; nothing left", len(web)+len(api))
 }

@@ -201,10 +201,16 @@ func (s *swarm) stack(t *testing.T, file string, look bool) {
 	docker(t, a, "stack", "rm", "shop")
 	s.removeNetworks(t, "app")
 	s.forgotten(t)
+	s.stackGone(t, "shop_inner")
+}
+
+// stackGone waits until the network of a removed stack is gone.
+func (s *swarm) stackGone(t *testing.T, network string) {
+	t.Helper()
 	eventually(t, 20*time.Second, "the stack's network is gone", func(ctx context.Context) error {
-		out, err := a.Docker(ctx, "network", "ls", "--quiet", "--filter", "name=shop_inner")
+		out, err := s.lab.Hosts[0].Docker(ctx, "network", "ls", "--quiet", "--filter", "name="+network)
 		if err == nil && out != "" {
-			err = errors.New("network shop_inner is still there")
+			err = fmt.Errorf("network %s is still there", network)
 		}
 		return err
 	})

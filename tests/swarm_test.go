@@ -30,8 +30,12 @@ func TestSwarm(t *testing.T) {
 			}{
 				{"", "network", s.networks},
 				{"", "stack", s.stacks},
+				{"", "compose", s.compose},
+				{"", "families", s.families},
 				{"debian", "service", s.services},
 				{"debian", "update", s.updates},
+				{"newest", "rolling", s.rolling},
+				{"debian", "kept", s.kept},
 				{"newest", "drain", s.drain},
 				{"newest", "plugins killed", s.pluginsKilled},
 				{"debian", "cut", s.cut},
@@ -189,9 +193,15 @@ func (s *swarm) update(t *testing.T, name string, n int, args ...string) []hosts
 		t.Fatal(err)
 	}
 	docker(t, h, append(append([]string{"service", "update", "--detach", "--no-resolve-image"}, args...), name)...)
+	return s.replaced(t, name, old, n)
+}
+
+// replaced waits until n tasks of a service run and none of the old ones should.
+func (s *swarm) replaced(t *testing.T, name string, old []hosts.Task, n int) []hosts.Task {
+	t.Helper()
 	var now []hosts.Task
-	eventually(t, 60*time.Second, "service "+name+" is updated", func(ctx context.Context) error {
-		if now, err = h.WaitService(ctx, name, n); err != nil {
+	eventually(t, 60*time.Second, "service "+name+" is updated", func(ctx context.Context) (err error) {
+		if now, err = s.lab.Hosts[0].WaitService(ctx, name, n); err != nil {
 			return err
 		}
 		for _, task := range now {
@@ -231,21 +241,26 @@ func (s *swarm) mesh(t *testing.T, network string, tasks []hosts.Task) {
 	for _, task := range tasks {
 		all = append(all, task.Addresses[network].String())
 	}
-	script := "for a in " + strings.Join(all, " ") + "; do ping -c 1 -W 1 $a >/dev/null || { echo no answer from $a; exit 1; }; done"
 	for _, task := range tasks {
-		c := s.lab.Container(task)
-		var last error
-		eventually(t, 20*time.Second, fmt.Sprintf("task %.8s on host %s reaches %v", task.ID, task.Host, all), func(ctx context.Context) error {
-			_, err := c.Exec(ctx, "sh", "-c", script)
-			if err != nil && ctx.Err() == nil {
-				last = err
-			}
-			if err != nil {
-				err = errors.Join(last, err)
-			}
-			return err
-		})
+		reachAll(t, s.lab.Container(task), all)
 	}
+}
+
+// reachAll waits until the container reaches all addresses in one go.
+func reachAll(t *testing.T, c hosts.Container, all []string) {
+	t.Helper()
+	script := "for a in " + strings.Join(all, " ") + "; do ping -c 1 -W 1 $a >/dev/null || { echo no answer from $a; exit 1; }; done"
+	var last error
+	eventually(t, 20*time.Second, fmt.Sprintf("container %.12s on host %s reaches %v", c.Name, c.Host.Name, all), func(ctx context.Context) error {
+		_, err := c.Exec(ctx, "sh", "-c", script)
+		if err != nil && ctx.Err() == nil {
+			last = err
+		}
+		if err != nil {
+			err = errors.Join(last, err)
+		}
+		return err
+	})
 }
 
 var addressLine = regexp.MustCompile(`(?m)^Address:?\s+(?:\d+:\s+)?(\d+\.\d+\.\d+\.\d+)\s*$`)
