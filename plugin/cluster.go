@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -57,14 +58,35 @@ func (c *cluster) run(ctx context.Context, ready <-chan struct{}) error {
 		}
 	}
 	return c.p.keep(ctx, "gossip", func() error {
-		members, err := gossip.New(gossip.Config{DB: c.db, Identity: c.identity, Join: c.p.set.join, Key: c.p.set.key,
-			Port: c.p.set.port, DataPort: c.p.set.dataPort, Log: c.p.log})
+		members, err := c.p.gossip(c.db, c.identity)
 		if err != nil {
 			return err
 		}
 		c.set(members, nil)
 		return members.Run(ctx)
 	}, func(err error) { c.set(nil, err) })
+}
+
+func (p *process) gossip(db *store.DB, identity store.Identity) (*gossip.Cluster, error) {
+	return gossip.New(gossip.Config{DB: db, Identity: identity, Join: p.set.join, Key: p.set.key,
+		Port: p.set.port, DataPort: p.set.dataPort, Log: p.log})
+}
+
+// original returns an error if this host's state folder is a copy of that of a living
+// host. One that is still at the address where it was before does not ask.
+func (p *process) original(ctx context.Context, db *store.DB, identity store.Identity) error {
+	var last netip.Addr
+	if err := db.View(func(tx *store.Tx) error { last = tx.LastAddress(); return nil }); err != nil {
+		return err
+	}
+	if !last.IsValid() || isLocal(last) {
+		return nil
+	}
+	members, err := p.gossip(db, identity)
+	if err != nil {
+		return err
+	}
+	return members.Original(ctx, last)
 }
 
 func (c *cluster) set(members *gossip.Cluster, err error) {

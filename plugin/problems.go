@@ -159,7 +159,7 @@ func (v view) clusterProblems() (out []problem) {
 		add("it is tried again every few seconds", "other hosts are not heard: %v", v.clusterErr)
 	}
 	if v.twin != "" {
-		add("remove host.key from the plugin's state folder on one of the two and enable the plugin again", "host %s has the same identity as this one (a copied state folder or cloned machine): their records overwrite each other", v.twin)
+		add("on the copy remove host.key from the plugin's state folder, and weft.db unless Docker's own folder was copied with it, and enable the plugin again", "host %s has the same identity as this one (a copied state folder or cloned machine): their records overwrite each other", v.twin)
 	}
 	var silent []string
 	for _, p := range v.peers {

@@ -202,6 +202,10 @@ func (p *process) serveRecords(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = db.Close() }()
+	p.gate.at("looking for another host with this one's identity")
+	if err := p.original(ctx, db, identity); err != nil {
+		return err
+	}
 	p.gate.at("reading the kernel")
 	k, err := kernel.New(kernel.Config{Backend: p.set.iptables, Checksum: p.set.checksum, SysNet: p.sysnet(), Log: p.log})
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"go.etcd.io/bbolt"
 )
@@ -18,6 +19,7 @@ var (
 	keySchema = []byte("schema")
 	keyEpoch  = []byte("epoch")
 	keyFound  = []byte("founded")
+	keyAddr   = []byte("address")
 )
 
 // prepareSchema makes the buckets of a new database or checks the version of an
@@ -65,6 +67,19 @@ func (tx *Tx) Founded() bool { return getUint(tx.tx, bucketMeta, keyFound) != 0 
 
 // SetFounded says that the database holds what it has to begin with.
 func (tx *Tx) SetFounded() error { return putUint(tx.tx, bucketMeta, keyFound, 1) }
+
+// LastAddress returns the underlay address at which this database's host was last a
+// member of the cluster, or the zero Addr. Another host may live there, or this one's
+// original if the file was copied.
+func (tx *Tx) LastAddress() netip.Addr {
+	a, _ := netip.ParseAddr(string(tx.tx.Bucket(bucketMeta).Get(keyAddr)))
+	return a
+}
+
+// PutLastAddress notes the address.
+func (tx *Tx) PutLastAddress(a netip.Addr) error {
+	return tx.tx.Bucket(bucketMeta).Put(keyAddr, []byte(a.String()))
+}
 
 // checkRecords decodes every record once.
 func checkRecords(b *bbolt.Tx) error {

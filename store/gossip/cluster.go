@@ -99,8 +99,10 @@ type Cluster struct {
 	self     record
 	meta     []byte // self in wire form
 	verified map[string]verified
-	twin     record // another living process with this identity, or zero
-	absent   string // why this host is no member, or ""
+	twin     record     // another living process with this identity, or zero
+	absent   string     // why this host is no member, or ""
+	copy     netip.Addr // from where a process with this identity last asked
+	copyAt   time.Time
 }
 
 // verified is a record that was checked, by member name.

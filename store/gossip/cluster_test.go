@@ -420,7 +420,7 @@ func TestCopiedHostStandsBack(t *testing.T) {
 	twin.id, twin.cfg.Identity = b.id, b.id
 	twin.start()
 	t.Logf("figure: copied identity found after %v", waitFor(t, soon, func() error {
-		if at := twin.c.Stats().Twin; at != b.addr.String() {
+		if at := twin.c.Stats().Twin; at != b.addr.String() || twin.c.Copied() == nil {
 			return fmt.Errorf("copy knows of twin %q", at)
 		}
 		return nil

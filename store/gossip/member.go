@@ -95,6 +95,9 @@ func (c *Cluster) attend(ctx context.Context, addr netip.Addr) error {
 		return errors.Join(fmt.Errorf("gossip: %w", err), port.Shutdown())
 	}
 	c.isAbsent("")
+	if err := c.noteAddress(ctx, addr); err != nil {
+		c.log.Error("cannot note this host's address", "err", err)
+	}
 	g.Go(func() error { return c.newServer().serve(ctx, l) })
 	g.Go(func() error { return c.rejoin(ctx, list) })
 	g.Go(func() error { return c.guardIdentity(ctx, addr, list) })

@@ -148,6 +148,9 @@ func (s *server) stream(raw net.Conn, addr netip.Addr) {
 		return
 	}
 	defer s.endStream(id)
+	if id == s.c.id {
+		s.c.sawCopy(addr)
+	}
 	for {
 		_ = conn.SetDeadline(time.Now().Add(idleServe))
 		var q request

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/weftnet/weft/store"
 )
@@ -115,8 +116,11 @@ func (c *Cluster) Stats() Stats {
 	s.Dropped = maps.Clone(c.drops.counts)
 	c.drops.mu.Unlock()
 	c.mu.Lock()
-	if c.twin.ID != "" {
+	switch {
+	case c.twin.ID != "":
 		s.Twin = c.twin.Address.String()
+	case !c.copyAt.IsZero() && time.Since(c.copyAt) < copyStays:
+		s.Twin = c.copy.String()
 	}
 	s.Err = c.absent
 	c.mu.Unlock()
