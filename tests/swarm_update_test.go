@@ -22,7 +22,7 @@ import (
 // asks for the service by name again and again.
 func (s *swarm) rolling(t *testing.T) {
 	a, b := s.lab.Hosts[0], s.lab.Hosts[1]
-	rounds := 2
+	rounds := 1
 	if soak() {
 		rounds = 10
 	}
