@@ -21,6 +21,10 @@ const (
 	// An outside change of the kernel is looked at after this, at most once in
 	// the time: our own changes come back as events too, and a look costs a dump.
 	lookAfter = 300 * time.Millisecond
+	// After a pass that no call of Docker waits for, the next one waits as long as it
+	// took, restMost at most: networks of thousands of endpoints that change all the
+	// time must not take a core.
+	restMost = 300 * time.Millisecond
 	// auditEvery is how often everything is read again without any sign.
 	auditEvery = 60 * time.Second
 	// A failed pass is tried again after retryFirst, doubled up to retryLast.
@@ -56,6 +60,7 @@ type Loop struct {
 	ready    chan struct{}
 
 	networks map[store.VNI]*network // owned by Run
+	rest     time.Time              // no pass before it, but for calls; owned by Run
 
 	mu       sync.Mutex
 	underlay Underlay
@@ -142,7 +147,11 @@ func (l *Loop) Run(ctx context.Context) error {
 		}
 		v, wait, due := l.next(time.Now())
 		if due {
+			begun := time.Now()
 			_, _ = l.pass(ctx, v) // recorded in the status and tried again
+			if took := time.Since(begun); !first {
+				l.rest = time.Now().Add(min(took, restMost))
+			}
 			continue
 		}
 		if first {
@@ -262,7 +271,11 @@ func (l *Loop) next(now time.Time) (v store.VNI, wait time.Duration, due bool) {
 		if n.due.IsZero() {
 			continue
 		}
-		if d := n.due.Sub(now); d <= 0 {
+		at := n.due
+		if at.Before(l.rest) {
+			at = l.rest
+		}
+		if d := at.Sub(now); d <= 0 {
 			return id, 0, true
 		} else if d < wait {
 			wait = d

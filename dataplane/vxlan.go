@@ -49,7 +49,8 @@ func MTU(n store.Network, u Underlay) int {
 // PlanNetwork returns what the kernel must hold for one network: nothing when the
 // host does not run it.
 func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
-	p := Plan{}
+	// Three objects an endpoint; a map that grows costs more than what it holds.
+	p := make(Plan, 3*len(s.Remote)+2*len(s.Endpoints)+len(s.Peers)+2)
 	if s.Network == nil {
 		return p, nil
 	}

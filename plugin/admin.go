@@ -14,6 +14,7 @@ import (
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/store"
+	"github.com/weftnet/weft/store/gossip"
 )
 
 // adminLimit bounds a request on the admin socket.
@@ -74,11 +75,11 @@ func countRecords(db *store.DB) (c recordCounts, err error) {
 		}
 		c.Networks = len(nets)
 		for _, n := range nets {
-			remote, err := tx.RemoteEndpoints(n.VNI)
+			remote, err := tx.RemoteCount(n.VNI)
 			if err != nil {
 				return err
 			}
-			c.Remote += len(remote)
+			c.Remote += remote
 		}
 		eps, err := tx.AllEndpoints()
 		if err != nil {
@@ -145,11 +146,9 @@ func (s *services) networks() ([]networkReply, error) {
 				return err
 			}
 			r.Endpoints = len(eps)
-			remote, err := tx.RemoteEndpoints(n.VNI)
-			if err != nil {
+			if r.Remote, err = tx.RemoteCount(n.VNI); err != nil {
 				return err
 			}
-			r.Remote = len(remote)
 			runs, err := tx.RunBy(n.VNI)
 			if err != nil {
 				return err
@@ -297,8 +296,12 @@ func (s *services) peers() ([]peerReply, error) {
 	if members == nil {
 		return out, err
 	}
+	heard := map[store.HostID]gossip.PeerStatus{}
 	for _, m := range members.Peers() {
-		if i := slices.IndexFunc(out, func(r peerReply) bool { return r.ID == m.ID }); i >= 0 {
+		heard[m.ID] = m
+	}
+	for i, r := range out {
+		if m, ok := heard[r.ID]; ok {
 			out[i].Alive, out[i].InSync, out[i].LastErr = m.Alive, m.InSync, m.LastErr
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -71,6 +72,9 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	var wrong error
 	p.set, wrong = parseSettings(os.Getenv, os.ReadFile)
 	useFailPoints(p.places.state)
+	// Most of the heap is what the cluster has, which stays: collecting at half of the
+	// usual garbage costs little processor and saves a quarter of the memory.
+	debug.SetGCPercent(50)
 	p.started, p.gate, p.swarm, p.asked = time.Now(), newGate(), newDiscovery(), new(atomic.Uint64)
 	p.metrics = newMetrics(p.gate)
 	// dockerd writes the time in front of each line.

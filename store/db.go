@@ -53,11 +53,11 @@ type DB struct {
 	// SetAside is the path to which a damaged file was moved by Open, or "".
 	SetAside string
 
-	mu       sync.Mutex // guards what follows
+	mu       sync.Mutex // guards self and what follows
 	watchers []*Watch
-	remote   remoteCache
 
-	memo memo
+	memo  memo
+	peers peerCache
 }
 
 // Open opens or makes the database file at path for the host self. A file that
@@ -80,7 +80,7 @@ func Open(path string, self Host) (*DB, error) {
 	}
 	self.Epoch = epoch
 	return &DB{bolt: bolt, self: self, SetAside: setAside,
-		remote: remoteCache{views: map[VNI]remoteView{}, changed: map[VNI]int{}}}, nil
+		peers: peerCache{owners: map[HostID]*peerRecords{}, changed: map[HostID]int{}}}, nil
 }
 
 // damageError marks content that cannot be what we wrote.
@@ -180,12 +180,11 @@ func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {
 	}
 	touched := map[VNI]bool{}
 	err := db.bolt.Update(func(b *bbolt.Tx) error {
-		tx := &Tx{tx: b, memo: &db.memo, touched: touched, remoteTouched: map[VNI]bool{}}
+		tx := &Tx{tx: b, memo: &db.memo, peers: &db.peers, touched: touched, owners: map[HostID]bool{}}
 		if err := fn(tx); err != nil {
 			return err
 		}
-		id := b.ID()
-		b.OnCommit(func() { db.dropViews(id, tx.remoteTouched) })
+		db.peers.drop(tx)
 		return nil
 	})
 	if err != nil {
@@ -197,7 +196,7 @@ func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {
 
 // View runs fn in a read-only transaction.
 func (db *DB) View(fn func(*Tx) error) error {
-	return db.bolt.View(func(b *bbolt.Tx) error { return fn(&Tx{tx: b, memo: &db.memo}) })
+	return db.bolt.View(func(b *bbolt.Tx) error { return fn(&Tx{tx: b, memo: &db.memo, peers: &db.peers}) })
 }
 
 // Watch tells which networks may look different now. Many changes become one.
@@ -258,17 +257,20 @@ func (db *DB) notify(touched map[VNI]bool) {
 // Tx is a transaction. Values returned may share maps and slices with each other:
 // do not change those.
 type Tx struct {
-	tx            *bbolt.Tx
-	memo          *memo
-	touched       map[VNI]bool // nil in a read-only transaction
-	remoteTouched map[VNI]bool
+	tx      *bbolt.Tx
+	memo    *memo
+	peers   *peerCache
+	touched map[VNI]bool    // networks that look different now; nil in a read-only transaction
+	owners  map[HostID]bool // peers whose networks or endpoints were written
+
+	peersWritten bool // some peer itself
 }
 
 func (tx *Tx) touch(v VNI) { tx.touched[v] = true }
 
-func (tx *Tx) touchRemote(v VNI) {
+func (tx *Tx) touchOwner(id HostID, v VNI) {
 	tx.touched[v] = true
-	tx.remoteTouched[v] = true
+	tx.owners[id] = true
 }
 
 func get[T any](tx *Tx, bucket []byte, key []byte, what string) (T, error) {

@@ -37,7 +37,7 @@ func (tx *Tx) PutNetwork(n Network) error {
 	if _, err := tx.bump(HostVNI); err != nil {
 		return err
 	}
-	tx.touchRemote(n.VNI) // which peers agree with it may change
+	tx.touch(n.VNI) // which peers agree with it may change
 	return put(tx, bucketNetworks, []byte(n.ID), n)
 }
 
@@ -62,7 +62,7 @@ func (tx *Tx) DeleteNetwork(id NetworkID) error {
 	if _, err := tx.bump(HostVNI); err != nil {
 		return err
 	}
-	tx.touchRemote(n.VNI)
+	tx.touch(n.VNI)
 	return tx.tx.Bucket(bucketNetworks).Delete([]byte(id))
 }
 

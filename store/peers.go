@@ -23,9 +23,6 @@ func (tx *Tx) Peer(id HostID) (Peer, error) {
 	return get[Peer](tx, bucketPeers, []byte(id), "peer "+string(id))
 }
 
-// Peers returns all known peers, sorted by id.
-func (tx *Tx) Peers() ([]Peer, error) { return list[Peer](tx, bucketPeers, nil) }
-
 // PutPeer writes what is known of a peer. All networks that it runs are touched.
 func (tx *Tx) PutPeer(p Peer) error {
 	nets, err := tx.PeerNetworks(p.ID)
@@ -33,9 +30,10 @@ func (tx *Tx) PutPeer(p Peer) error {
 		return err
 	}
 	for _, n := range nets {
-		tx.touchRemote(n.VNI)
+		tx.touch(n.VNI)
 	}
 	tx.touch(HostVNI)
+	tx.peersWritten = true
 	return put(tx, bucketPeers, []byte(p.ID), p)
 }
 
@@ -51,6 +49,7 @@ func (tx *Tx) ForgetPeer(id HostID) error {
 		}
 	}
 	tx.touch(HostVNI)
+	tx.peersWritten = true
 	return tx.tx.Bucket(bucketPeers).Delete([]byte(id))
 }
 
@@ -62,12 +61,23 @@ func remoteKey(v VNI, id HostID, e EndpointID) []byte {
 
 // PeerNetworks returns the networks that a peer runs, sorted by VNI.
 func (tx *Tx) PeerNetworks(id HostID) ([]PeerNetwork, error) {
-	return list[PeerNetwork](tx, bucketPeerNets, []byte(string(id)+"/"))
+	r, err := tx.recordsOf(id)
+	if err != nil {
+		return nil, err
+	}
+	return r.nets, nil
 }
 
 // PeerNetwork returns one network of a peer, or ErrNotFound.
 func (tx *Tx) PeerNetwork(id HostID, v VNI) (PeerNetwork, error) {
-	return get[PeerNetwork](tx, bucketPeerNets, peerNetKey(id, v), fmt.Sprintf("network %d of peer %s", v, id))
+	r, err := tx.recordsOf(id)
+	if err != nil {
+		return PeerNetwork{}, err
+	}
+	if n, ok := r.network(v); ok {
+		return n, nil
+	}
+	return PeerNetwork{}, fmt.Errorf("network %d of peer %s: %w", v, id, ErrNotFound)
 }
 
 // MergeNetworks takes over a peer's list of networks, as the peer itself told it,
@@ -101,13 +111,14 @@ func (tx *Tx) MergeNetworks(owner HostID, epoch, seq uint64, nets []SharedNetwor
 			continue
 		}
 		pn.SharedNetwork = n
-		tx.touchRemote(n.VNI)
+		tx.touchOwner(owner, n.VNI)
 		tx.touch(HostVNI) // whom the host listens to
 		if err := put(tx, bucketPeerNets, peerNetKey(owner, n.VNI), pn); err != nil {
 			return err
 		}
 	}
 	p.Epoch, p.Networks = epoch, seq
+	tx.peersWritten = true
 	return put(tx, bucketPeers, []byte(owner), p)
 }
 
@@ -115,7 +126,7 @@ func (tx *Tx) removePeerNetwork(owner HostID, v VNI) error {
 	if err := removePrefix(tx, bucketRemote, remoteKey(v, owner, "")); err != nil {
 		return err
 	}
-	tx.touchRemote(v)
+	tx.touchOwner(owner, v)
 	tx.touch(HostVNI)
 	return tx.tx.Bucket(bucketPeerNets).Delete(peerNetKey(owner, v))
 }
@@ -144,11 +155,11 @@ func (tx *Tx) MergeEndpoints(owner HostID, since uint64, d Delta) (fits bool, er
 		for _, e := range d.Endpoints {
 			keep[e.ID] = true
 		}
-		held, err := list[RemoteEndpoint](tx, bucketRemote, remoteKey(d.VNI, owner, ""))
+		held, err := tx.recordsOf(owner)
 		if err != nil {
 			return false, err
 		}
-		for _, e := range held {
+		for _, e := range held.remote[d.VNI] {
 			if !keep[e.ID] {
 				if err := tx.tx.Bucket(bucketRemote).Delete(remoteKey(d.VNI, owner, e.ID)); err != nil {
 					return false, err
@@ -167,38 +178,64 @@ func (tx *Tx) MergeEndpoints(owner HostID, since uint64, d Delta) (fits bool, er
 			return false, err
 		}
 	}
-	tx.touchRemote(d.VNI)
+	tx.touchOwner(owner, d.VNI)
 	pn.Epoch, pn.Seq = d.Epoch, d.Seq
 	return true, put(tx, bucketPeerNets, peerNetKey(owner, d.VNI), pn)
 }
 
-// RemoteEndpoints returns the peers' endpoints of a network, hidden ones too.
-func (tx *Tx) RemoteEndpoints(v VNI) ([]RemoteEndpoint, error) {
-	return list[RemoteEndpoint](tx, bucketRemote, vniKey(v))
+// ofPeers calls fn with what each peer has, in order of their ids.
+func (tx *Tx) ofPeers(fn func(Peer, *peerRecords)) error {
+	peers, err := tx.Peers()
+	for _, p := range peers {
+		r, err := tx.recordsOf(p.ID)
+		if err != nil {
+			return err
+		}
+		fn(p, r)
+	}
+	return err
 }
 
-// RunBy returns the networks with the VNI that peers run.
+// RemoteEndpoints returns the peers' endpoints of a network, hidden ones too, sorted
+// by owner and id.
+func (tx *Tx) RemoteEndpoints(v VNI) ([]RemoteEndpoint, error) {
+	var out []RemoteEndpoint
+	err := tx.ofPeers(func(_ Peer, r *peerRecords) { out = append(out, r.remote[v]...) })
+	return out, err
+}
+
+// RemoteCount returns how many endpoints peers have in a network, hidden ones too.
+func (tx *Tx) RemoteCount(v VNI) (n int, err error) {
+	err = tx.ofPeers(func(_ Peer, r *peerRecords) { n += len(r.remote[v]) })
+	return n, err
+}
+
+// RunBy returns the networks with the VNI that peers run, sorted by owner.
 func (tx *Tx) RunBy(v VNI) ([]PeerNetwork, error) {
-	all, err := list[PeerNetwork](tx, bucketPeerNets, nil)
-	if err != nil {
-		return nil, err
-	}
-	return slices.DeleteFunc(all, func(n PeerNetwork) bool { return n.VNI != v }), nil
+	var out []PeerNetwork
+	err := tx.ofPeers(func(_ Peer, r *peerRecords) {
+		if n, ok := r.network(v); ok {
+			out = append(out, n)
+		}
+	})
+	return out, err
 }
 
 // Alike returns the networks of peers that have n's mode, subnets and key, whatever
 // their VNI, sorted by it.
 func (tx *Tx) Alike(n Network) ([]PeerNetwork, error) {
-	all, err := list[PeerNetwork](tx, bucketPeerNets, nil)
-	if err != nil {
-		return nil, err
-	}
-	all = slices.DeleteFunc(all, func(o PeerNetwork) bool {
-		n.VNI = o.VNI
-		return !n.Runs(o)
+	var out []PeerNetwork
+	shared := n.Shared()
+	err := tx.ofPeers(func(_ Peer, r *peerRecords) {
+		for _, o := range r.nets {
+			n.VNI, shared.VNI = o.VNI, o.VNI
+			if n.isRun(shared, o) {
+				out = append(out, o)
+			}
+		}
 	})
-	slices.SortStableFunc(all, func(a, b PeerNetwork) int { return int(a.VNI) - int(b.VNI) })
-	return all, nil
+	slices.SortStableFunc(out, func(a, b PeerNetwork) int { return int(a.VNI) - int(b.VNI) })
+	return out, err
 }
 
 // ElsewhereError refuses what a peer has, as far as we hold its records.

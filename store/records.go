@@ -151,7 +151,12 @@ func (n Network) Runs(o PeerNetwork) bool {
 	if n.VNI != o.VNI { // asked for each pair of networks: most end here
 		return false
 	}
-	return n.Shared().Agrees(o.SharedNetwork) && hmac.Equal(n.Proof(o.Owner), o.Proof)
+	return n.isRun(n.Shared(), o)
+}
+
+// isRun is Runs for many of n, of which shared is n.Shared.
+func (n Network) isRun(shared SharedNetwork, o PeerNetwork) bool {
+	return shared.Agrees(o.SharedNetwork) && hmac.Equal(n.Proof(o.Owner), o.Proof)
 }
 
 // SharedNetwork is what a host tells its peers of a network that it runs.

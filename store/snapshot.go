@@ -25,22 +25,6 @@ type HostSnapshot struct {
 	Peers    []Peer // that run one of the networks and are not hidden
 }
 
-// remoteView is the decoded part of a Snapshot that peers own. Ten thousand
-// records take some 30 ms to decode, too long for each call of Docker.
-type remoteView struct {
-	peers  []Peer
-	hidden []Peer
-	remote []RemoteEndpoint
-}
-
-// remoteCache keeps the last view of each network. changed holds the transaction
-// that last changed one, so that a reader that began earlier cannot leave an old
-// view behind.
-type remoteCache struct {
-	views   map[VNI]remoteView
-	changed map[VNI]int
-}
-
 // Snapshot returns the copy for one network.
 func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 	s := Snapshot{VNI: v, Self: db.Self()}
@@ -56,9 +40,17 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 		if s.Endpoints, err = tx.Endpoints(n.ID); err != nil {
 			return err
 		}
-		view, err := db.remoteView(tx, v, n)
-		s.Peers, s.Hidden, s.Remote = view.peers, view.hidden, view.remote
-		return err
+		shared := n.Shared()
+		return tx.ofPeers(func(p Peer, r *peerRecords) {
+			switch o, ok := r.network(v); {
+			case !ok || !n.isRun(shared, o): // not part of our network: status says so
+			case p.Hidden:
+				s.Hidden = append(s.Hidden, p)
+			default:
+				s.Peers = append(s.Peers, p)
+				s.Remote = append(s.Remote, r.remote[v]...)
+			}
+		})
 	})
 	return s, err
 }
@@ -90,66 +82,16 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 		if s.Networks, err = tx.Networks(); err != nil {
 			return err
 		}
-		all, err := list[PeerNetwork](tx, bucketPeerNets, nil)
-		if err != nil {
-			return err
-		}
-		runs := map[HostID]bool{}
-		for _, o := range all {
-			runs[o.Owner] = runs[o.Owner] || slices.ContainsFunc(s.Networks, func(n Network) bool { return n.Runs(o) })
-		}
-		s.Peers, err = tx.Peers()
-		s.Peers = slices.DeleteFunc(s.Peers, func(p Peer) bool { return p.Hidden || !runs[p.ID] })
-		return err
+		return tx.ofPeers(func(p Peer, r *peerRecords) {
+			if !p.Hidden && slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return runsOne(s.Networks, o) }) {
+				s.Peers = append(s.Peers, p)
+			}
+		})
 	})
 	return s, err
 }
 
-// remoteView reads or reuses the peers' part.
-func (db *DB) remoteView(tx *Tx, v VNI, own Network) (remoteView, error) {
-	db.mu.Lock()
-	view, ok := db.remote.views[v]
-	db.mu.Unlock()
-	if ok {
-		return view, nil
-	}
-	runs, err := tx.RunBy(v)
-	if err != nil {
-		return remoteView{}, err
-	}
-	shown := map[HostID]bool{}
-	for _, r := range runs {
-		p, err := tx.Peer(r.Owner)
-		if err != nil {
-			return remoteView{}, err
-		}
-		switch {
-		case !own.Runs(r): // not part of our network: status says so
-		case p.Hidden:
-			view.hidden = append(view.hidden, p)
-		default:
-			shown[p.ID] = true
-			view.peers = append(view.peers, p)
-		}
-	}
-	all, err := tx.RemoteEndpoints(v)
-	if err != nil {
-		return remoteView{}, err
-	}
-	view.remote = slices.DeleteFunc(all, func(e RemoteEndpoint) bool { return !shown[e.Owner] })
-	db.mu.Lock()
-	defer db.mu.Unlock()
-	if tx.tx.ID() >= db.remote.changed[v] {
-		db.remote.views[v] = view
-	}
-	return view, nil
-}
-
-func (db *DB) dropViews(txid int, touched map[VNI]bool) {
-	db.mu.Lock()
-	defer db.mu.Unlock()
-	for v := range touched {
-		delete(db.remote.views, v)
-		db.remote.changed[v] = max(txid, db.remote.changed[v])
-	}
+// runsOne reports whether a peer's network is one of ours.
+func runsOne(own []Network, o PeerNetwork) bool {
+	return slices.ContainsFunc(own, func(n Network) bool { return n.Runs(o) })
 }

@@ -11,7 +11,7 @@
 //	                                            └─► Merge… into the peer's store
 //
 // What is lost on the way is found by push/pull of all digests between random
-// members, and by comparing with each owner once a minute. A host that dies keeps
+// members, and by comparing with each owner now and then (see compareEvery). A host that dies keeps
 // its records: they are hidden after Config.HideAfter and forgotten after
 // Config.ForgetAfter. Stopping is not leaving: a plugin that is replaced keeps its
 // traffic.

@@ -73,6 +73,30 @@ func TestRecordsOfNetworkCreatedLaterAreFetched(t *testing.T) {
 	b.waitSees(5000, soon)
 }
 
+// A host that starts again holds what it held. Who has nothing new is not asked for
+// endpoints, by a thousand hosts at once perhaps.
+func TestStartAsksForNothingThatIsHeld(t *testing.T) {
+	t.Parallel()
+	s := newSegment()
+	a := newHost(t, s.addr(1)).start()
+	b := newHost(t, s.addr(2), s.addr(1)).start()
+	for _, h := range []*host{a, b} {
+		h.addNetwork(5000, "10.50.0.0/16")
+	}
+	a.addEndpoint(5000, "ep1", "10.50.0.1")
+	b.waitSees(5000, soon, "ep1")
+	b.waitPeer(a, soon, "in sync", inSync)
+	b.halt()
+	b.start()
+	b.waitPeer(a, soon, "in sync", inSync)
+	if n := b.c.Stats().Fetches; n > 1 {
+		t.Errorf("%d questions after a start, want none, or one for the list of networks", n)
+	}
+	a.waitPeer(b, soon, "in sync", inSync)
+	a.addEndpoint(5000, "ep2", "10.50.0.2")
+	b.waitSees(5000, soon, "ep1", "ep2")
+}
+
 func (h *host) held(v store.VNI) (n int) {
 	if err := h.db.View(func(tx *store.Tx) error {
 		all, err := tx.RemoteEndpoints(v)

@@ -14,7 +14,15 @@ import (
 
 // Times of the client's side.
 const (
-	compareEvery = 60 * time.Second // with the owner, also when gossip is silent
+	// With each owner, also when gossip is silent: once a minute, and in larger
+	// clusters four owners a second, for push/pull of all digests finds the same.
+	compareEvery   = 60 * time.Second
+	compareSpacing = 250 * time.Millisecond
+	// After the start, what push/pull says of a peer whose records are held already
+	// is waited for. When one host starts anew all others ask it, spread over
+	// doubtSpacing for each of them.
+	hearTime     = time.Second
+	doubtSpacing = 10 * time.Millisecond
 	idleStream   = 10 * time.Second // an open stream is kept so long for the next digest
 	dialTime     = 2 * time.Second
 	askTime      = time.Minute // one answer with all its frames
@@ -142,12 +150,12 @@ func (c *Cluster) follow(ctx context.Context, id store.HostID) {
 	if !ok {
 		return
 	}
-	compare, idle := time.NewTimer(0), time.NewTimer(idleStream)
+	compare, idle := time.NewTimer(jitter(hearTime)), time.NewTimer(idleStream)
 	defer compare.Stop()
 	defer idle.Stop()
-	failed := 0
+	failed, first, spread := 0, true, false
 	for {
-		whole := false
+		whole, timed := false, false
 		select {
 		case <-ctx.Done():
 			return
@@ -155,10 +163,16 @@ func (c *Cluster) follow(ctx context.Context, id store.HostID) {
 			hangUp()
 			continue
 		case <-compare.C:
-			whole = true
+			now, _ := c.table.sight(id)
+			timed, whole = true, !first || now.doubt || !now.heard()
+			spread = false
 		case <-see.wake:
 			if failed > 0 { // the retry below looks at everything
 				continue
+			}
+			if now, _ := c.table.sight(id); now.doubt && !spread {
+				compare.Reset(rand.N(time.Duration(c.table.size()) * doubtSpacing))
+				spread = true
 			}
 		}
 		select {
@@ -185,10 +199,15 @@ func (c *Cluster) follow(ctx context.Context, id store.HostID) {
 		if failed >= 5 {
 			c.log.Info("records of peer are fetched again", "host", id)
 		}
-		failed = 0
-		if whole {
-			compare.Reset(jitter(compareEvery))
+		if timed {
+			every := max(compareEvery, time.Duration(c.table.size())*compareSpacing)
+			if first && !whole { // all peers were seen at once
+				every = rand.N(every)
+			}
+			compare.Reset(jitter(every))
+			first = false
 		}
+		failed = 0
 	}
 }
 
@@ -198,7 +217,8 @@ func jitter(d time.Duration) time.Duration {
 }
 
 // fetch brings the list of networks (always when whole is set, else when a digest
-// says it changed) and then the endpoints of those that this host runs too.
+// says it changed or nothing is held) and then the endpoints of those that this host
+// runs too.
 func (c *Cluster) fetch(ctx context.Context, id store.HostID, s **stream, whole bool) error {
 	see, ok := c.table.sight(id)
 	if !ok || !see.alive {
@@ -210,20 +230,25 @@ func (c *Cluster) fetch(ctx context.Context, id store.HostID, s **stream, whole 
 	}
 	ask := func(q request) (answer, error) {
 		c.stats.fetches.Add(1)
-		if *s == nil {
-			n, err := c.dial(ctx, see.rec, id)
-			if err != nil {
-				return answer{}, err
+		if *s != nil {
+			if a, err := (*s).ask(q); err == nil {
+				return a, nil
 			}
-			*s = n
+			(*s).close() // a busy owner closes idle streams
+			*s = nil
 		}
-		return (*s).ask(q)
+		n, err := c.dial(ctx, see.rec, id)
+		if err != nil {
+			return answer{}, err
+		}
+		*s = n
+		return n.ask(q)
 	}
 	list, _, err := c.wanted(id, see)
 	if err != nil {
 		return err
 	}
-	if whole || list || !see.asked {
+	if whole || list {
 		a, err := ask(request{VNI: store.HostVNI})
 		if err != nil {
 			return err
@@ -342,35 +367,44 @@ func rewind(tx *store.Tx, id store.HostID, d store.Delta) error {
 }
 
 // wanted compares what a peer is said to have with what the database holds: is the
-// list of networks out of date, and which networks that this host runs are.
+// list of networks out of date, and which networks that this host runs are. While
+// nothing is said of a peer, what is held stands.
 func (c *Cluster) wanted(id store.HostID, see sight) (list bool, wants []request, err error) {
 	err = c.db.View(func(tx *store.Tx) error {
-		p, err := tx.Peer(id)
-		if err != nil {
-			return err
-		}
-		list = p.Epoch != see.claims.epoch || p.Networks != see.claims.seq[store.HostVNI]
 		own, err := tx.Networks()
 		if err != nil {
 			return err
 		}
-		for _, o := range own {
-			n, err := tx.PeerNetwork(id, o.VNI)
-			if errors.Is(err, store.ErrNotFound) || err == nil && !o.Runs(n) {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			if n.Epoch != see.claims.epoch || n.Seq != see.claims.seq[o.VNI] {
-				q := request{VNI: o.VNI, Epoch: n.Epoch, Since: n.Seq, Proof: o.Proof(c.id)}
-				if n.Epoch != see.claims.epoch {
-					q.Since = 0
-				}
-				wants = append(wants, q)
-			}
-		}
-		return nil
+		list, wants, err = c.compare(tx, own, id, see)
+		return err
 	})
 	return list, wants, err
+}
+
+func (c *Cluster) compare(tx *store.Tx, own []store.Network, id store.HostID, see sight) (list bool, wants []request, err error) {
+	p, err := tx.Peer(id)
+	if err != nil {
+		return false, nil, err
+	}
+	if !see.heard() {
+		return p.Epoch != see.claims.epoch || p.Networks == 0, nil, nil
+	}
+	list = p.Epoch != see.claims.epoch || p.Networks != see.claims.seq[store.HostVNI]
+	for _, o := range own {
+		n, err := tx.PeerNetwork(id, o.VNI)
+		if errors.Is(err, store.ErrNotFound) || err == nil && !o.Runs(n) {
+			continue
+		}
+		if err != nil {
+			return false, nil, err
+		}
+		if n.Epoch != see.claims.epoch || n.Seq != see.claims.seq[o.VNI] {
+			q := request{VNI: o.VNI, Epoch: n.Epoch, Since: n.Seq, Proof: o.Proof(c.id)}
+			if n.Epoch != see.claims.epoch {
+				q.Since = 0
+			}
+			wants = append(wants, q)
+		}
+	}
+	return list, wants, nil
 }

@@ -134,6 +134,7 @@ func (c *Cluster) memberConfig(addr netip.Addr, d *delegate, logger *log.Logger,
 	conf.Label = clusterLabel
 	conf.SecretKey = c.keys.gossip
 	conf.TCPTimeout = gossipStream
+	conf.EnableCompression = false // digests, keys and signatures do not shrink
 	conf.DeadNodeReclaimTime = 30 * time.Second
 	conf.Logger = logger
 	conf.Delegate, conf.Events, conf.Alive = d, d, d

@@ -15,7 +15,8 @@ import (
 )
 
 // Limits of the owner's side. A stranger can hold a connection for handshakeTime
-// and one address only a few of them; a member can be idle for idleServe.
+// and one address only a few of them; a member can be idle for idleServe, and not at
+// all while more than busyStreams are open.
 const (
 	handshakeTime   = 5 * time.Second
 	ioTime          = 10 * time.Second // one frame, either way
@@ -23,24 +24,25 @@ const (
 	maxHandshakes   = 64
 	maxPerAddress   = 8 // handshakes
 	maxStreams      = 1024
+	busyStreams     = 256
 	maxPerHost      = 4
 	acceptRetryTime = 100 * time.Millisecond
 )
 
 // server answers peers' questions about this host's records.
 type server struct {
-	c    *Cluster
-	conf *tls.Config
+	c          *Cluster
+	conf       *tls.Config
+	handshakes chan struct{} // semaphore
 
-	mu         sync.Mutex // guards what follows
-	handshakes int
-	addresses  map[netip.Addr]int
-	streams    int
-	hosts      map[store.HostID]int
+	mu        sync.Mutex         // guards what follows
+	addresses map[netip.Addr]int // that shake hands
+	streams   int
+	hosts     map[store.HostID]int
 }
 
 func (c *Cluster) newServer() *server {
-	s := &server{c: c, addresses: map[netip.Addr]int{}, hosts: map[store.HostID]int{}}
+	s := &server{c: c, handshakes: make(chan struct{}, maxHandshakes), addresses: map[netip.Addr]int{}, hosts: map[store.HostID]int{}}
 	s.conf = tlsConfig(c.cert, func(id store.HostID) error { return nil })
 	return s
 }
@@ -51,6 +53,13 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 	defer open.Wait()
 	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
 	for {
+		// Many peers come at once when all run one large network: they wait in the
+		// kernel's queue, and are not turned away.
+		select {
+		case <-ctx.Done():
+			return nil
+		case s.handshakes <- struct{}{}:
+		}
 		conn, err := l.Accept()
 		if ctx.Err() != nil {
 			if err == nil {
@@ -59,6 +68,7 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 			return nil
 		}
 		if err != nil {
+			<-s.handshakes
 			if errors.Is(err, net.ErrClosed) {
 				return err
 			}
@@ -71,6 +81,7 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 		}
 		addr := remoteAddr(conn)
 		if !s.beginHandshake(addr) {
+			<-s.handshakes
 			s.c.drops.count("stream-too-many")
 			_ = conn.Close()
 			continue
@@ -94,18 +105,17 @@ func remoteAddr(c net.Conn) netip.Addr {
 func (s *server) beginHandshake(a netip.Addr) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.handshakes >= maxHandshakes || s.addresses[a] >= maxPerAddress {
+	if s.addresses[a] >= maxPerAddress {
 		return false
 	}
-	s.handshakes++
 	s.addresses[a]++
 	return true
 }
 
 func (s *server) endHandshake(a netip.Addr) {
+	<-s.handshakes
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.handshakes--
 	if s.addresses[a]--; s.addresses[a] <= 0 {
 		delete(s.addresses, a)
 	}
@@ -157,10 +167,16 @@ func (s *server) stream(raw net.Conn, addr netip.Addr) {
 		if err := readFrame(conn, maxAsk, &q); err != nil {
 			return
 		}
-		if err := s.answer(conn, q, id); err != nil {
+		if err := s.answer(conn, q, id); err != nil || s.busy() {
 			return
 		}
 	}
+}
+
+func (s *server) busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.streams > busyStreams
 }
 
 // handshake ends when the other side is known to be a member that holds the

@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -16,7 +17,7 @@ type Stats struct {
 	Members     int               // living hosts with this one
 	Dead        int               // known peers that are not reachable
 	Hidden      int               // of those, that are hidden
-	Records     int               // peers' endpoints held for networks of this host
+	Records     int               // peers' endpoints held for networks of this host, hidden ones too
 	Fetches     uint64            // questions to owners
 	FetchErrors uint64            // fetches that failed; they are tried again
 	Dropped     map[string]uint64 // messages, records and streams refused, by reason
@@ -72,22 +73,25 @@ func (d *drops) first(reason, who string) bool {
 // Peers returns all known peers, sorted by id, dead and hidden ones too. It
 // returns nil when the database cannot be read.
 func (c *Cluster) Peers() []PeerStatus {
-	var peers []store.Peer
-	if err := c.db.View(func(tx *store.Tx) (err error) {
-		peers, err = tx.Peers()
+	var out []PeerStatus
+	if err := c.db.View(func(tx *store.Tx) error {
+		own, err := tx.Networks()
+		if err != nil {
+			return err
+		}
+		peers, err := tx.Peers()
+		for _, p := range peers {
+			st := PeerStatus{Peer: p}
+			if see, ok := c.table.sight(p.ID); ok {
+				st.Alive, st.LastErr = see.alive, see.err
+				list, wants, err := c.compare(tx, own, p.ID, see)
+				st.InSync = see.alive && see.heard() && !see.doubt && err == nil && !list && len(wants) == 0
+			}
+			out = append(out, st)
+		}
 		return err
 	}); err != nil {
 		return nil
-	}
-	out := make([]PeerStatus, 0, len(peers))
-	for _, p := range peers {
-		st := PeerStatus{Peer: p}
-		if see, ok := c.table.sight(p.ID); ok {
-			st.Alive, st.LastErr = see.alive, see.err
-			list, wants, err := c.wanted(p.ID, see)
-			st.InSync = see.alive && see.asked && err == nil && !list && len(wants) == 0
-		}
-		out = append(out, st)
 	}
 	return out
 }
@@ -105,13 +109,12 @@ func (c *Cluster) Stats() Stats {
 				s.Hidden++
 			}
 		}
+		for _, v := range c.table.networks() {
+			n, countErr := tx.RemoteCount(v)
+			s.Records, err = s.Records+n, errors.Join(err, countErr)
+		}
 		return err
 	})
-	for _, v := range c.table.networks() {
-		if snap, err := c.db.Snapshot(v); err == nil {
-			s.Records += len(snap.Remote)
-		}
-	}
 	c.drops.mu.Lock()
 	s.Dropped = maps.Clone(c.drops.counts)
 	c.drops.mu.Unlock()

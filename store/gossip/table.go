@@ -32,9 +32,11 @@ type hostState struct {
 	dead   bool              // memberlist said that it is dead, it is not only unseen
 	stored uint64            // counter of the record that is in the database
 	claims claims
-	asked  bool // its list of networks was fetched since it came
-	err    string
-	wake   chan struct{} // cap 1: there may be something to fetch
+	// doubt: only the host itself can say what it has. It came back, or runs a new
+	// process, which may have an older database.
+	doubt bool
+	err   string
+	wake  chan struct{} // cap 1: there may be something to fetch
 }
 
 func newTable(now func() time.Time, epoch uint64) *table {
@@ -89,19 +91,18 @@ func (t *table) joined(r record) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	h := t.hostLocked(r.ID)
-	was := h.alive()
+	was, seen := h.alive(), h.rec.ID != ""
 	h.names[r.memberName()] = r
 	if r.Counter >= h.rec.Counter {
-		// A new process may have an older database: ask what it really has.
-		h.asked = h.asked && r.Boot == h.rec.Boot
+		h.doubt = h.doubt || seen && r.Boot != h.rec.Boot
 		h.rec, h.name = r, r.memberName()
 	}
 	if h.alive() && !was {
-		h.lost, h.dead, h.asked, h.err = time.Time{}, false, false, ""
+		h.lost, h.dead, h.err = time.Time{}, false, ""
+		h.doubt = h.doubt || seen
 	}
 	if h.claims.epoch != h.rec.Epoch {
 		h.claims = claims{epoch: h.rec.Epoch, seq: map[store.VNI]uint64{}}
-		h.asked = false
 	}
 	poke(h.wake)
 	poke(t.changed)
@@ -187,7 +188,7 @@ func (t *table) told(id store.HostID, before, c claims, whole bool) {
 		}
 	}
 	h.claims = c
-	h.asked = h.asked || whole
+	h.doubt = h.doubt && !whole
 }
 
 // fetched notes how the last fetch from a peer ended.
@@ -252,14 +253,20 @@ type sight struct {
 	dead   bool
 	stored uint64
 	claims claims
-	asked  bool
+	doubt  bool
 	err    string
 	wake   <-chan struct{}
 }
 
+// heard reports whether somebody has said which networks the peer has.
+func (s sight) heard() bool {
+	_, ok := s.claims.seq[store.HostVNI]
+	return ok
+}
+
 func (h *hostState) sight() sight {
 	return sight{rec: h.rec, alive: h.alive(), lost: h.lost, dead: h.dead, stored: h.stored,
-		asked: h.asked, err: h.err, wake: h.wake}
+		doubt: h.doubt, err: h.err, wake: h.wake}
 }
 
 func (t *table) sights() map[store.HostID]sight {

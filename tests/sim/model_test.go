@@ -11,19 +11,21 @@ import (
 // are seconds of virtual time. The constants are those of memberlist's LAN
 // configuration and of store/gossip; costs come from layer A.
 const (
-	gossipEvery  = 0.2
-	gossipNodes  = 3
-	probeRounds  = 5    // gossip rounds between two probes of a host
-	packetBytes  = 1360 // of 1,400, without label and encryption
-	digestBytes  = 37 + 3
-	naiveBytes   = 72 + 3
-	quietTime    = 0.05 // changes of one host become one digest
-	mostTime     = 0.2
-	compareEvery = 60.0
-	idleStream   = 10.0
-	maxStreams   = 1024 // at one owner
-	roundTrip    = 0.001
-	fetchTrips   = 4 // connect, TLS, hello, question
+	gossipEvery    = 0.2
+	gossipNodes    = 3
+	probeRounds    = 5    // gossip rounds between two probes of a host
+	packetBytes    = 1360 // of 1,400, without label and encryption
+	digestBytes    = 37 + 3
+	naiveBytes     = 72 + 3
+	quietTime      = 0.05 // changes of one host become one digest
+	mostTime       = 0.2
+	compareEvery   = 60.0
+	compareSpacing = 0.25 // a peer
+	idleStream     = 10.0
+	maxStreams     = 1024 // at one owner
+	busyStreams    = 256  // of which stay open
+	roundTrip      = 0.001
+	fetchTrips     = 4 // connect, TLS, hello, question
 )
 
 // message is a digest, or with the naive variant an endpoint. A later one of the
@@ -331,7 +333,8 @@ func (a *asks) Pop() any {
 }
 
 // fetch serves what was asked up to now: a stream that is open serves at once, a
-// new one costs the owner a handshake, and it has room for maxStreams.
+// new one costs the owner a handshake, and it has room for maxStreams, of which it keeps
+// busyStreams open.
 func (m *model) fetch(now float64) {
 	for len(m.asks) > 0 && m.asks[0].at <= now {
 		a := heap.Pop(&m.asks).(ask)
@@ -361,7 +364,9 @@ func (m *model) fetch(now float64) {
 			heap.Push(&m.asks, a)
 			continue
 		}
-		o.streams[a.host] = max(a.at, o.busy) + idleStream
+		if o.streams[a.host] = max(a.at, o.busy) + idleStream; len(o.streams) > busyStreams {
+			delete(o.streams, a.host) // the owner closes it after the answer
+		}
 	}
 }
 
@@ -379,7 +384,7 @@ func (m *model) makeUp(msgs []*message) {
 			m.lost++
 			late := m.rnd.ExpFloat64() * m.pushPull / 2
 			if !m.naive {
-				late = min(late, m.rnd.Float64()*compareEvery)
+				late = min(late, m.rnd.Float64()*max(compareEvery, compareSpacing*float64(m.n)))
 			}
 			m.learn(int(i), msg, msg.sent+late)
 		}

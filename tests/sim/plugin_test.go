@@ -126,7 +126,7 @@ func pause(t *testing.T, d time.Duration) {
 // eventually polls until ok.
 func eventually(t *testing.T, what string, ok func() (bool, string)) {
 	t.Helper()
-	for end := time.Now().Add(settleMost); ; pause(t, 100*time.Millisecond) {
+	for end := time.Now().Add(settleMost); ; pause(t, 300*time.Millisecond) {
 		good, text := ok()
 		if good {
 			return
