@@ -47,6 +47,9 @@ func (s *swarm) services(t *testing.T) {
 	s.forgotten(t)
 }
 
+// oneAnswer is how many addresses fit into one answer of Docker's name server over UDP.
+const oneAnswer = 25
+
 // updates changes a service while it runs, and scales it up and down.
 func (s *swarm) updates(t *testing.T) {
 	most, rounds := 15, 1
@@ -75,7 +78,9 @@ func (s *swarm) updates(t *testing.T) {
 		up := s.tasks(t, a, "web", most)
 		slowest = max(slowest, time.Since(start))
 		duplicates += s.duplicates(t, s.lab.Hosts...)
-		resolves(t, seen, "web", "app", up)
+		if most <= oneAnswer {
+			resolves(t, seen, "web", "app", up)
+		}
 		docker(t, a, "service", "scale", "--detach", "web=0")
 		s.tasks(t, a, "web", 0)
 	}

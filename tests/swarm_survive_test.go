@@ -147,6 +147,11 @@ func (s *swarm) pluginsKilled(t *testing.T) {
 	stop := s.between(t, "killed", a, b)
 	var times []time.Duration
 	for range rounds {
+		for _, h := range s.lab.Hosts {
+			if err := started(t.Context(), h); err != nil {
+				t.Fatal(err)
+			}
+		}
 		start := time.Now()
 		old := make([]int, len(s.lab.Hosts))
 		for i, h := range s.lab.Hosts {
