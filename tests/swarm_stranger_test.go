@@ -171,10 +171,11 @@ func (s *swarmInput) replayed(t *testing.T) {
 	}
 	restart()
 	eventually(t, 20*time.Second, "some gossip is captured", func(context.Context) error {
-		if st, err := os.Stat(capture.File); err != nil || st.Size() < 2000 {
-			return fmt.Errorf("%v: it has %d bytes", err, st.Size())
+		st, err := os.Stat(capture.File)
+		if err == nil && st.Size() < 2000 {
+			err = fmt.Errorf("the file has %d bytes", st.Size())
 		}
-		return nil
+		return err
 	})
 	if _, err := capture.Stop(t.Context()); err != nil {
 		t.Fatal(err)
