@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -74,6 +75,22 @@ func (p *plugin) stop(sig syscall.Signal) error {
 	}
 	_ = p.cmd.Process.Signal(sig) // may have ended
 	return p.cmd.Wait()
+}
+
+// child returns the process that does the work.
+func (p *plugin) child() int {
+	p.t.Helper()
+	var children []byte
+	paths, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.cmd.Process.Pid)) // proc(5)
+	for _, path := range paths {
+		raw, _ := os.ReadFile(path) // the thread may have ended
+		children = append(children, raw...)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(children)))
+	if err != nil {
+		p.t.Fatalf("children of the plugin are %q", children)
+	}
+	return pid
 }
 
 func (p *plugin) await(what string, ok func() bool) {
@@ -143,6 +160,8 @@ func TestProcess(t *testing.T) {
 		{"survives what it cannot open", survivesWhatItCannotOpen},
 		{"serves with wrong settings", servesWithWrongSettings},
 		{"works without gossip", worksWithoutGossip},
+		{"outlives its child", outlivesItsChild},
+		{"takes its child along", takesItsChildAlong},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.run(t, program) })
 	}
@@ -156,6 +175,7 @@ func keepsTwoCapabilities(t *testing.T, program string) {
 			kerneltest.Run(t, "ip", "route", "add", "default", "via", "192.0.2.254")
 			p := start(t, program, t.TempDir(), "WEFT_IPTABLES="+backend)
 			checkCapabilities(t, p.cmd.Process.Pid)
+			checkCapabilities(t, p.child())
 			// They suffice for links, sets and, in a child process, for rules.
 			p.makeNetwork()
 			p.mustAgree()

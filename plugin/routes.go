@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"math/rand/v2"
 
 	api "github.com/docker/go-plugins-helpers/ipam"
 	"github.com/docker/go-plugins-helpers/network"
@@ -21,7 +20,7 @@ func (p *process) routes() []call {
 		atOnce("Plugin.Activate", map[string][]string{"Implements": {"NetworkDriver", "IpamDriver"}}),
 
 		call{method: "NetworkDriver.GetCapabilities", noBody: true, serve: func(context.Context, *gate, []byte) (any, error) {
-			p.asked.Store(rand.Uint64() | 1) // not 0
+			p.term.begin()
 			return driver.GetCapabilities(p.set.scope), nil
 		}},
 		atOnce("NetworkDriver.GwAllocCheck", driver.GwAllocCheckResponse{}),

@@ -15,7 +15,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -52,13 +51,13 @@ type process struct {
 	log     *slog.Logger
 	journal *journal
 	swarm   *discovery
-	asked   *atomic.Uint64 // a random number, another one with each GetCapabilities
+	term    *term
 	started time.Time
 }
 
-// run is the plugin's process. It returns when it was told to end, or when it
-// cannot even listen; every other trouble is the answer to calls and the text of
-// "weft status", since Docker starts a plugin that ends again and again.
+// run is the plugin: a process that only keeps a child (see keepChild), and that child.
+// It returns when it was told to end, or when it cannot even listen; every other
+// trouble is the answer to calls and the text of "weft status".
 func run(ctx context.Context, args []string, errOut io.Writer) error {
 	var p process
 	flags := flag.NewFlagSet("plugin", flag.ContinueOnError)
@@ -66,31 +65,31 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	flags.StringVar(&p.places.run, "run-dir", "/run/docker/plugins", "folder of the sockets")
 	flags.StringVar(&p.places.state, "state-dir", "/var/lib/weft", "folder of database and host key")
 	flags.StringVar(&p.places.sysnet, "sysnet", "/run/weft/sysnet", "where the host's /proc/sys/net can be written")
+	inherit := flags.Bool(inheritFlag, false, "the sockets are open already, as file descriptors 3 and 4")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	var wrong error
 	p.set, wrong = parseSettings(os.Getenv, os.ReadFile)
+	// dockerd writes the time in front of each line.
+	p.log = slog.New(slog.NewTextHandler(errOut, &slog.HandlerOptions{Level: p.set.level, ReplaceAttr: dropTime}))
+	// First of all: Docker's own start waits for the socket.
+	docker, admin, err := openSockets(p.places.run, *inherit)
+	if err != nil {
+		return err
+	}
+	if !*inherit {
+		if err := dropPrivileges(); err != nil { // the child's too
+			p.log.Error("privileges were not dropped", "err", err)
+		}
+		return errors.Join(keepChild(args, docker, admin, p.log), docker.Close(), admin.Close())
+	}
 	useFailPoints(p.places.state)
 	// Most of the heap is what the cluster has, which stays: collecting at half of the
 	// usual garbage costs little processor and saves a quarter of the memory.
 	debug.SetGCPercent(50)
-	p.started, p.gate, p.swarm, p.asked = time.Now(), newGate(), newDiscovery(), new(atomic.Uint64)
+	p.started, p.gate, p.swarm, p.term = time.Now(), newGate(), newDiscovery(), openTerm(filepath.Join(p.places.state, termFile), p.log)
 	p.metrics = newMetrics(p.gate)
-	// dockerd writes the time in front of each line.
-	p.log = slog.New(slog.NewTextHandler(errOut, &slog.HandlerOptions{Level: p.set.level, ReplaceAttr: dropTime}))
-	// First of all: Docker's own start waits for the socket.
-	docker, err := listenUnix(filepath.Join(p.places.run, dockerSocket))
-	if err != nil {
-		return err
-	}
-	admin, err := listenUnix(filepath.Join(p.places.run, adminSocket))
-	if err != nil {
-		return errors.Join(err, docker.Close())
-	}
-	if err := dropPrivileges(); err != nil {
-		p.log.Error("privileges were not dropped", "err", err)
-	}
 	p.journal = openJournal(filepath.Join(p.places.state, journalFolder), p.log)
 	p.log.Info("weft listens", "version", buildVersion(), "pid", os.Getpid())
 
@@ -226,8 +225,8 @@ func (p *process) serveRecords(ctx context.Context) error {
 	c := newCluster(p, db, identity)
 	loop := dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
-		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Term: p.term, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
-		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
+		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Term: p.term.now.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
+		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term.now.Load, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}
 	// Before the gate opens: nothing of what follows may come in between.
 	p.journal.finish(ctx, svc)
@@ -243,11 +242,6 @@ func (p *process) serveRecords(ctx context.Context) error {
 	p.gate.fail(errors.New("weft is ending"))
 	return err
 }
-
-// term tells apart the times in which Docker's Swarm repeats what it has: it asks for
-// the capabilities first whenever this host becomes the leader. No clock is asked, since
-// one may be set back meanwhile.
-func (p *process) term() uint64 { return p.asked.Load() }
 
 // reportReady logs when the kernel was compared for the first time.
 func reportReady(ctx context.Context, loop *dataplane.Loop, log *slog.Logger) error {

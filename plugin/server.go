@@ -241,6 +241,25 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	_, _ = w.Write(append(raw, '\n')) // a caller that went away is no fault of ours
 }
 
+// openSockets opens Docker's socket and the admin socket in a folder, or takes over
+// those that the parent has opened.
+func openSockets(dir string, inherit bool) (docker, admin net.Listener, err error) {
+	if inherit {
+		docker, err = net.FileListener(os.NewFile(3, dockerSocket))
+		if err == nil {
+			admin, err = net.FileListener(os.NewFile(4, adminSocket))
+		}
+		return docker, admin, err
+	}
+	if docker, err = listenUnix(filepath.Join(dir, dockerSocket)); err != nil {
+		return nil, nil, err
+	}
+	if admin, err = listenUnix(filepath.Join(dir, adminSocket)); err != nil {
+		return nil, nil, errors.Join(err, docker.Close())
+	}
+	return docker, admin, nil
+}
+
 // listenUnix opens a Unix socket that root alone may use, in place of one that an
 // earlier process left.
 func listenUnix(path string) (net.Listener, error) {

@@ -24,7 +24,7 @@ import (
 
 // ask sends one request to a socket of the plugin and returns the answer's body.
 func ask(ctx context.Context, h *hosts.Host, socket, method, path string, body any) ([]byte, error) {
-	pid, err := h.PluginPID(ctx, "")
+	pid, err := h.PluginParent(ctx, "")
 	if err != nil {
 		return nil, err
 	}

@@ -273,11 +273,7 @@ func (f *failHost) stage(t *testing.T, s stage, step string) {
 		return
 	}
 	file := filepath.Join(f.state, "failpoint")
-	err := started(ctx, f.host)
-	pid := 0
-	if err == nil {
-		pid, err = f.host.PluginPID(ctx, "")
-	}
+	pid, err := f.host.PluginPID(ctx, "")
 	if err == nil {
 		err = os.WriteFile(file, []byte(step), 0o600)
 	}

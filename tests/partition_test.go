@@ -136,7 +136,7 @@ func (c *cluster) agree(t *testing.T, start time.Time) time.Duration {
 // their traffic; the other hosts say that it is silent.
 func (c *cluster) deadPeer(t *testing.T) {
 	a, d := c.lab.Hosts[0], c.lab.Hosts[3]
-	pid, err := d.PluginPID(t.Context(), "")
+	pid, err := d.PluginParent(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

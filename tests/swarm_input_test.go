@@ -48,7 +48,7 @@ type swarmInput struct {
 // socketOf is the plugin's own socket on a host.
 func socketOf(t *testing.T, h *hosts.Host) *socketTest {
 	t.Helper()
-	pid, err := h.PluginPID(t.Context(), "")
+	pid, err := h.PluginParent(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

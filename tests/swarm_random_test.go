@@ -117,10 +117,6 @@ func (r *random) step(t *testing.T) {
 		delete(r.services, name)
 		r.did = append(r.did, "remove "+name)
 	case what == 7:
-		// Docker disables a plugin that dies within half a second of its start.
-		if err := started(t.Context(), host); err != nil {
-			t.Fatal(err)
-		}
 		old, err := host.KillPlugin(t.Context())
 		if err != nil {
 			t.Fatal(err)

@@ -135,7 +135,7 @@ func (s *swarm) noStale(t *testing.T, asked *hosts.Host, service string, n int) 
 	})
 }
 
-// pluginsKilled kills the plugin on all hosts at once. Docker then names no peer
+// pluginsKilled kills the plugin on all hosts at once, both of its processes. Docker then names no peer
 // to the new processes.
 func (s *swarm) pluginsKilled(t *testing.T) {
 	rounds := 1
@@ -156,7 +156,7 @@ func (s *swarm) pluginsKilled(t *testing.T) {
 		old := make([]int, len(s.lab.Hosts))
 		for i, h := range s.lab.Hosts {
 			var err error
-			if old[i], err = h.KillPlugin(t.Context()); err != nil {
+			if old[i], err = h.KillPluginParent(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -111,7 +111,7 @@ func (d demo) kill(a, b *hosts.Host) error {
 		done <- result{out, err}
 	}()
 	for _, h := range []*hosts.Host{a, b} {
-		old, err := h.KillPlugin(d.Ctx)
+		old, err := h.KillPluginParent(d.Ctx)
 		if err != nil {
 			return err
 		}

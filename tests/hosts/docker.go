@@ -1,6 +1,7 @@
 package hosts
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -87,9 +88,36 @@ func (h *Host) SocketDir(ctx context.Context) (string, error) {
 	return filepath.Join(h.Dir, "run/plugins", id), err
 }
 
-// PluginPID returns the process id of the plugin. It does not ask dockerd when
-// id is given, so it also works while dockerd is away.
+// PluginPID returns the process of the plugin that does the work. It does not ask
+// dockerd when id is given, so it also works while dockerd is away.
 func (h *Host) PluginPID(ctx context.Context, id string) (int, error) {
+	parent, err := h.PluginParent(ctx, id)
+	if err != nil {
+		return 0, err
+	}
+	paths, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent)) // proc(5)
+	if err != nil {
+		return 0, err
+	}
+	for _, path := range paths {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			continue // the thread has ended
+		}
+		for _, child := range strings.Fields(string(raw)) {
+			pid, err := strconv.Atoi(child)
+			line, _ := os.ReadFile("/proc/" + child + "/cmdline") // empty once it has ended
+			if err == nil && strings.Contains(string(line), "-inherit") {
+				return pid, nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("host %s: plugin process %d has no child that works", h.Name, parent)
+}
+
+// PluginParent returns the plugin's process that Docker has started, which keeps the
+// one of PluginPID. It asks dockerd like that.
+func (h *Host) PluginParent(ctx context.Context, id string) (int, error) {
 	if id == "" {
 		var err error
 		if id, err = h.PluginID(ctx); err != nil {
@@ -110,13 +138,53 @@ func (h *Host) PluginPID(ctx context.Context, id string) (int, error) {
 	return pid, nil
 }
 
-// KillPlugin kills the plugin with SIGKILL and returns the process it was.
+// PluginAge returns how long ago Docker has started the plugin's process.
+func (h *Host) PluginAge(ctx context.Context) (time.Duration, error) {
+	pid, err := h.PluginParent(ctx, "")
+	if err != nil {
+		return 0, err
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	up, err := os.ReadFile("/proc/uptime")
+	if err != nil {
+		return 0, err
+	}
+	// Field 22 of proc(5), starttime, is the 20th after the name; USER_HZ is 100.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	began, err := strconv.ParseFloat(fields[19], 64)
+	if err != nil {
+		return 0, err
+	}
+	now, err := strconv.ParseFloat(strings.Fields(string(up))[0], 64)
+	return time.Duration((now - began/100) * float64(time.Second)), err
+}
+
+// KillPlugin kills the plugin's process that works with SIGKILL and returns which it
+// was. Docker does not notice.
 func (h *Host) KillPlugin(ctx context.Context) (int, error) {
 	pid, err := h.PluginPID(ctx, "")
 	if err != nil {
 		return 0, err
 	}
 	return pid, syscall.Kill(pid, syscall.SIGKILL)
+}
+
+// KillPluginParent kills both processes of the plugin and returns which one worked.
+// Docker starts the plugin again, or disables it if it had started it less than half a
+// second ago.
+func (h *Host) KillPluginParent(ctx context.Context) (int, error) {
+	pid, err := h.PluginPID(ctx, "")
+	if err != nil {
+		return 0, err
+	}
+	parent, err := h.PluginParent(ctx, "")
+	if err != nil {
+		return 0, err
+	}
+	return pid, syscall.Kill(parent, syscall.SIGKILL)
 }
 
 // WaitPlugin waits until a plugin process other than old serves calls, and
