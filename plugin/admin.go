@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"runtime"
 	"slices"
 	"strconv"
@@ -173,12 +174,55 @@ func (s *services) networks() ([]networkReply, error) {
 					r.Alike = append(r.Alike, fmt.Sprintf("network %d on host %s", o.VNI, peerName(tx, o.Owner)))
 				}
 			}
+			if r.Twice, err = twice(tx, n, eps); err != nil {
+				return err
+			}
 			out = append(out, r)
 		}
 		return nil
 	})
 	slices.SortFunc(out, func(a, b networkReply) int { return int(a.VNI) - int(b.VNI) })
 	return out, err
+}
+
+// twice names the addresses that endpoints of this host share with endpoints of living
+// peers. Two hosts that do not hear each other may both give one away.
+func twice(tx *store.Tx, n store.Network, own []store.Endpoint) (out []string, err error) {
+	here := map[any]store.EndpointID{}
+	for _, e := range own {
+		if !e.Left {
+			here[e.IPv4.Addr()], here[e.IPv6.Addr()], here[e.MAC] = e.ID, e.ID, e.ID
+		}
+	}
+	delete(here, netip.Addr{})
+	if len(here) == 0 {
+		return nil, nil
+	}
+	remote, err := tx.RemoteEndpoints(n.VNI)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range remote {
+		for _, a := range []any{e.IPv4, e.IPv6, e.MAC} {
+			id, ok := here[a]
+			if !ok {
+				continue
+			}
+			p, err := tx.Peer(e.Owner)
+			if err != nil {
+				return nil, err
+			}
+			run, err := tx.PeerNetwork(e.Owner, n.VNI)
+			if err != nil {
+				return nil, err
+			}
+			if !p.Hidden && n.Runs(run) {
+				out = append(out, fmt.Sprintf("%v (endpoint %.12s here, %.12s on host %s)", a, id, e.ID, p.Name))
+			}
+			break // its MAC follows from its address
+		}
+	}
+	return out, nil
 }
 
 // withoutKey hides a network's key.

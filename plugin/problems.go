@@ -130,6 +130,11 @@ func problems(v view) []problem {
 		}
 	}
 	for _, n := range v.networks {
+		if len(n.Twice) > 0 {
+			add("remove one of the two containers and start it again; give each host its own --ip-range, or use --ipam-driver weft:latest", "network %d: addresses that two have, so one gets no packets: %s", n.VNI, strings.Join(n.Twice, ", "))
+		}
+	}
+	for _, n := range v.networks {
 		if len(n.Alike) > 0 && len(n.Peers) == 0 {
 			out = append(out, problem{Advice: true, Text: fmt.Sprintf("network %d has the same subnets as %s: they are not connected", n.VNI, strings.Join(n.Alike, ", ")),
 				Remedy: "if they are meant to be one, remove one of them and create it again with the other's number: -o vni=NUMBER"})

@@ -44,6 +44,9 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"other subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Disagree: []string{"beta (vxlan [10.9.0.0/16])"}}}
 		}, "others on host beta (vxlan [10.9.0.0/16]): they are not connected", false},
+		{"address twice", func(v *view) {
+			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Twice: []string{"10.9.0.2 (endpoint a here, b on host beta)"}}}
+		}, "network 4096: addresses that two have, so one gets no packets: 10.9.0.2 (endpoint a here, b on host beta)", false},
 		{"same subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4098}, Alike: []string{"network 4097 on host beta"}}}
 		}, "network 4098 has the same subnets as network 4097 on host beta: they are not connected", true},

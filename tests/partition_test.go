@@ -77,15 +77,23 @@ func (c *cluster) partition(t *testing.T) {
 	}
 	pause(t, cut)
 	silent(t, c.containers[0], "10.32.3.10") // it is cut
+	const both = "10.32.9.9"
+	for _, h := range []*hosts.Host{all[0], all[2]} {
+		run(t, h, "both", "--network", "app", "--ip", both)
+	}
 	if err := c.lab.Underlay.Heal(t.Context(), all...); err != nil {
 		t.Fatal(err)
 	}
 	start := time.Now()
 	good, bad := churn.stop()
+	for i, h := range []*hosts.Host{all[0], all[2]} {
+		tells(t, h, both+" (endpoint ", " on host "+all[2-2*i].Name+")", "addresses that two have")
+	}
 	for _, h := range all {
 		removeOthers(t, h, "fixed")
 	}
 	agreed := c.agree(t, start)
+	untold(t, all[0], "addresses that two have")
 	reach(t, c.containers[0], "10.32.3.10")
 	reached := time.Since(start)
 	var sent, lost uint64
@@ -180,6 +188,19 @@ func tells(t *testing.T, h *hosts.Host, words ...string) {
 		for _, w := range words {
 			if !strings.Contains(strings.Join(all, "\n"), w) {
 				return fmt.Errorf("it tells %q", all)
+			}
+		}
+		return nil
+	})
+}
+
+// untold waits until weft status does not tell of something any more.
+func untold(t *testing.T, h *hosts.Host, words string) {
+	t.Helper()
+	eventually(t, 30*time.Second, fmt.Sprintf("weft status on %s no longer tells of %q", h.Name, words), func(context.Context) error {
+		for _, p := range view[statusView](t, h, "status").Problems {
+			if strings.Contains(p.Text, words) {
+				return errors.New(p.Text)
 			}
 		}
 		return nil
