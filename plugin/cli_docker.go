@@ -20,7 +20,8 @@ const (
 	dockerLimit = 10 * time.Second
 )
 
-// dockerClient asks Docker's API on the host. The plugin itself never does.
+// dockerClient asks Docker's API on the host. The plugin itself does that nowhere but
+// in watchServices.
 type dockerClient struct {
 	socket string // "" until find
 }

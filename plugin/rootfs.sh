@@ -35,6 +35,7 @@ done
 install -d -m 1777 "$dest/tmp"
 ln -s /run "$dest/var/run"
 : >"$dest/run/xtables.lock"
+: >"$dest/run/docker.sock"
 
 install -m 0755 "$weft" "$dest/usr/bin/weft"
 

@@ -104,6 +104,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	servers.Go(func() error { return serveHTTP(ctx, docker, calls.handler(p.routes()), p.log) })
 	servers.Go(func() error { return serveHTTP(ctx, admin, p.adminHandler(), p.log) })
 	servers.Go(func() error { return p.serveMetrics(ctx) })
+	servers.Go(func() error { return p.watchServices(ctx) })
 	err = servers.Wait()
 	stopWork()
 	err = errors.Join(err, workers.Wait())

@@ -1,8 +1,10 @@
 package tests
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -21,7 +23,7 @@ func TestSwarmStatus(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newSwarm(t, engine, false, "WEFT_SCOPE=global")
+			s := newSwarm(t, engine, false, "WEFT_SCOPE=global", "docker.source=/run/docker.sock")
 			a, b, c := s.lab.Hosts[0], s.lab.Hosts[1], s.lab.Hosts[2]
 			for _, h := range s.lab.Hosts {
 				says(t, h, nil)
@@ -100,6 +102,15 @@ func (s *swarm) virtualAddresses(t *testing.T) {
 		run(t, h, "other", "--network", "ours")
 	}
 	says(t, a, []string{"service web: nobody answers its virtual address, 10.60.", "service shop: nobody answers its virtual address, 10.61."})
+	eventually(t, 90*time.Second, "the log tells of the services and what to type", func(context.Context) error {
+		raw, err := os.ReadFile(a.LogFile())
+		for _, part := range []string{"service web: nobody answers its virtual address, 10.60.", "service shop: nobody answers its virtual address, 10.61.", "docker service update --endpoint-mode dnsrr"} {
+			if err == nil && !bytes.Contains(raw, []byte(part)) {
+				err = fmt.Errorf("%q is not in it", part)
+			}
+		}
+		return err
+	})
 	s.settled(t)
 	for i := range s.lab.Hosts {
 		resolves(t, attached[i], "tasks.web", "app", web)
