@@ -176,7 +176,10 @@ func (s *swarm) service(t *testing.T, name string, n int, args ...string) []host
 // tasks waits until the service has n tasks, and all run.
 func (s *swarm) tasks(t *testing.T, h *hosts.Host, name string, n int) []hosts.Task {
 	t.Helper()
-	tasks, err := h.WaitService(within(t), name, n)
+	// Two busy cores start a container in a second or two.
+	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second+time.Duration(n)*3*time.Second)
+	defer cancel()
+	tasks, err := h.WaitService(ctx, name, n)
 	if err != nil {
 		t.Fatal(err)
 	}
