@@ -70,6 +70,7 @@ type swarmView struct {
 	peers    []peerReply
 	info     dockerInfo
 	networks []dockerNetwork          // the plugin's of scope swarm
+	waiting  []dockerNetwork          // that are not allocated: Docker does not tell whose they are
 	ids      map[store.NetworkID]bool // of all networks, as a manager tells
 	nodes    []dockerNode             // as a manager tells
 	services []dockerService          // the same
@@ -111,8 +112,12 @@ func (v *swarmView) ask(ctx context.Context, c *cli) error {
 		if v.ids != nil {
 			v.ids[store.NetworkID(n.ID)] = true
 		}
-		if n.Driver == v.plugin && n.Scope == "swarm" && !n.ConfigOnly {
+		switch {
+		case n.Scope != "swarm" || n.ConfigOnly:
+		case n.Driver == v.plugin:
 			v.networks = append(v.networks, n)
+		case n.Driver == "":
+			v.waiting = append(v.waiting, n)
 		}
 	}
 	if !v.info.Swarm.ControlAvailable {

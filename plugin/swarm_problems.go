@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/weftnet/weft/driver"
+	"github.com/weftnet/weft/store"
 )
 
 const (
@@ -25,7 +26,7 @@ func (v swarmView) problems() []problem {
 			out = append(out, p)
 		}
 	}
-	return slices.Concat(out, v.hosts(), v.differences(), v.virtual())
+	return slices.Concat(out, v.unallocated(), v.hosts(), v.differences(), v.virtual())
 }
 
 // setScope is what to type for another scope.
@@ -88,6 +89,22 @@ func (v swarmView) network(n dockerNetwork) (problem, bool) {
 			Remedy: "remove it and create it with --config-from (README, Swarm), or under WEFT_SCOPE=global"}, true
 	}
 	return problem{}, false
+}
+
+// unallocated names the networks that the Swarm's leader has not allocated. On the
+// leader the plugin itself says what it has refused.
+func (v swarmView) unallocated() (out []problem) {
+	if !v.info.Swarm.ControlAvailable || v.status.Scope != scopeGlobal {
+		return nil
+	}
+	for _, n := range v.waiting {
+		if slices.ContainsFunc(v.status.Problems, func(p problem) bool { return p.Network == store.NetworkID(n.ID) }) {
+			continue
+		}
+		out = append(out, problem{Advice: true, Text: fmt.Sprintf("network %s is not allocated by the Swarm's leader, %s", n.Name, orDash(v.nodeName(v.leader()))),
+			Remedy: "if it is Weft's, weft status there says why; the plugin must be enabled there with WEFT_SCOPE=global"})
+	}
+	return out
 }
 
 func (v swarmView) nodeName(id string) string {

@@ -102,6 +102,12 @@ func TestSwarmProblems(t *testing.T) {
 			[]string{"! network net takes its configuration from cfg, which cannot be under scope global: its tasks are rejected", "create it without --config-from; or on every host: " + toLocal + ", and restart dockerd on the managers"}},
 		{"global, not allocated yet", func(v *swarmView) { only(v, swarmNet("", false)) },
 			[]string{"! network net waits for Weft on the Swarm's leader, a", "enable the plugin there with WEFT_SCOPE=global; Docker asks it again"}},
+		{"not allocated", func(v *swarmView) { v.waiting = []dockerNetwork{{ID: "n", Name: "net"}} },
+			[]string{"note: network net is not allocated by the Swarm's leader, a", "if it is Weft's, weft status there says why; the plugin must be enabled there with WEFT_SCOPE=global"}},
+		{"not allocated, and the plugin says why", func(v *swarmView) {
+			v.waiting = []dockerNetwork{{ID: "n", Name: "net"}}
+			v.status.Problems = []problem{{Text: "option vni: 0", Network: "n"}}
+		}, nil},
 		{"global outside, old engine", func(v *swarmView) { outside(v, "20.10.24+dfsg1") },
 			[]string{"! scope is global, but Docker is in no Swarm: engines as old as this one (20.10.24+dfsg1) refuse to create networks then", "docker swarm init or join; or on this host: " + toLocal}},
 		{"global outside, new engine", func(v *swarmView) { outside(v, "library-import") },

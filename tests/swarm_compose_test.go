@@ -170,6 +170,7 @@ func (s *swarm) families(t *testing.T) {
 	for _, id := range refused {
 		tells(t, leader, "Swarm network "+id[:12]+" is not allocated, and its tasks wait: subnet fd00:7")
 	}
+	tells(t, s.followers(t)[0], "network ownsix is not allocated by the Swarm's leader, "+leader.Name)
 
 	one := run(t, a, "one", "--network", "wide", "--ip", "10.71.0.9")
 	two := run(t, b, "two", "--network", "wide", "--ip", "10.71.1.9")
