@@ -23,11 +23,11 @@ const (
 // 3 (Docker's) and 4 (admin).
 const inheritFlag = "inherit"
 
-// keepChild opens the plugin's sockets and has a child do all the work on them, which
-// it starts again whenever that ends. It is the process that Docker knows, and exists
-// for two reasons: Docker disables a plugin that dies twice in half a second, until
-// somebody enables it; and while a child is replaced, calls wait in the sockets' queue
-// in place of failing. It returns when it was told to end and the child has.
+// keepChild has a child do all the work on the plugin's sockets, and starts it again
+// whenever that ends. It is the process that Docker knows, and exists for two reasons:
+// Docker disables a plugin that dies within half a second of its start, until somebody
+// enables it; and while a child is replaced, calls wait in the sockets' queue in place
+// of failing. It returns when it was told to end and the child has.
 func keepChild(args []string, docker, admin net.Listener, log *slog.Logger) error {
 	files := []*os.File{nil, os.Stdout, os.Stderr}
 	for _, l := range []net.Listener{docker, admin} {
