@@ -54,7 +54,7 @@ const oneAnswer = 25
 func (s *swarm) updates(t *testing.T) {
 	most, rounds := 15, 1
 	if soak() {
-		most, rounds = 100, 20
+		most, rounds = 100, 5
 	}
 	a := s.lab.Hosts[0]
 	s.network(t, "app", 38)
