@@ -33,7 +33,7 @@ func (p *process) watchServices(ctx context.Context) error {
 			now := map[string]bool{}
 			for _, f := range found {
 				if now[f.Text] = true; !told[f.Text] {
-					p.log.Warn(f.Text, "type", f.Remedy)
+					p.log.Warn("the name of a service of the Swarm leads nowhere", "what", f.Text, "type", f.Remedy)
 				}
 			}
 			told = now
