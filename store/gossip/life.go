@@ -45,7 +45,8 @@ func (c *Cluster) life(ctx context.Context) error {
 		}
 		following.Wait()
 	}()
-	tick := time.NewTicker(min(time.Second, max(c.cfg.HideAfter/4, time.Millisecond)))
+	// Changes of membership come by themselves; what time alone brings is in no hurry.
+	tick := time.NewTicker(min(5*time.Second, max(c.cfg.HideAfter/4, time.Millisecond)))
 	defer tick.Stop()
 	failing := false
 	for {

@@ -18,6 +18,7 @@ type table struct {
 
 	mu    sync.Mutex // guards what follows
 	hosts map[store.HostID]*hostState
+	alive int                // how many of hosts are members; asked for with each packet
 	own   claims             // this host's versions; epoch is that of the database
 	runs  map[store.VNI]bool // networks of this host
 	twins map[string]record  // other members with this host's identity, by member name
@@ -97,9 +98,13 @@ func (t *table) joined(r record) {
 		h.doubt = h.doubt || seen && r.Boot != h.rec.Boot
 		h.rec, h.name = r, r.memberName()
 	}
-	if h.alive() && !was {
+	switch is := h.alive(); {
+	case is && !was:
+		t.alive++
 		h.lost, h.dead, h.err = time.Time{}, false, ""
 		h.doubt = h.doubt || seen
+	case was && !is:
+		t.alive--
 	}
 	if h.claims.epoch != h.rec.Epoch {
 		h.claims = claims{epoch: h.rec.Epoch, seq: map[store.VNI]uint64{}}
@@ -120,6 +125,7 @@ func (t *table) left(id store.HostID, name string) {
 	was := h.alive()
 	delete(h.names, name)
 	if was && !h.alive() {
+		t.alive--
 		h.lost, h.dead = t.now(), true
 	}
 	poke(t.changed)
@@ -136,6 +142,7 @@ func (t *table) reset() {
 		}
 		clear(h.names)
 	}
+	t.alive = 0
 	clear(t.twins)
 	poke(t.changed)
 }
@@ -311,13 +318,7 @@ func (t *table) networks() []store.VNI {
 func (t *table) size() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	n := 1
-	for _, h := range t.hosts {
-		if h.alive() {
-			n++
-		}
-	}
-	return n
+	return t.alive + 1
 }
 
 // twin notes another member with this host's identity.
