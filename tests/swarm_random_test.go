@@ -44,7 +44,6 @@ func TestSwarmRandom(t *testing.T) {
 	removeUnused(t, leader, r.networks...)
 	// Docker asks nobody to delete networks that a killed dockerd had: the audit finds
 	// them at a second look, a quarter of an hour after the first.
-	pause(t, 10*time.Second)
 	for _, h := range s.lab.Hosts {
 		if err := leap(t.Context(), h); err != nil {
 			t.Fatal(err)
