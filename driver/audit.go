@@ -20,7 +20,7 @@ const (
 	// goneGrace: after so long it is removed. Docker's own calls come within seconds.
 	goneGrace = 2 * time.Minute
 	// emptyGrace: a network of Swarm without endpoints, that Docker has not created
-	// again since this process started, is removed after so long. Docker does not
+	// in this term (Config.Term), is removed after so long. Docker does not
 	// remember such networks when it starts, and creates them when it needs them.
 	emptyGrace = 15 * time.Minute
 	// idleGrace: an endpoint that was made but never joined, or that has left, is
@@ -170,8 +170,12 @@ func (a *Audit) networks(ctx context.Context) error {
 }
 
 func (a *Audit) forgotten(tx *store.Tx, id store.NetworkID) (bool, error) {
-	if _, asked := a.d.asked.Load(id); asked || !id.OfSwarm() {
+	n, err := tx.Network(id)
+	if errors.Is(err, store.ErrNotFound) || err == nil && (n.Term == a.d.term() || !id.OfSwarm()) {
 		return false, nil
+	}
+	if err != nil {
+		return false, err
 	}
 	eps, err := tx.Endpoints(id)
 	return len(eps) == 0, err

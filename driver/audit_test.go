@@ -81,6 +81,8 @@ func TestAuditNeedsTwoSightingsAndTime(t *testing.T) {
 // task needs.
 func TestForgottenNetworkOfSwarmIsRemoved(t *testing.T) {
 	d, _ := newDriver(t)
+	term := uint64(1)
+	d.Term = func() uint64 { return term }
 	for i, id := range []string{netA, swarmNet, "a" + swarmNet[1:], "b" + swarmNet[1:]} {
 		mustNet(t, d, createNet(id, fmt.Sprintf("10.5%d.0.0/24", i), ""))
 	}
@@ -88,7 +90,7 @@ func TestForgottenNetworkOfSwarmIsRemoved(t *testing.T) {
 	if _, err := d.CreateEndpoint(t.Context(), decode[network.CreateEndpointRequest](t, createEp(string(used), epA, "10.52.0.2/24"))); err != nil {
 		t.Fatal(err)
 	}
-	d.asked.Clear() // the process starts anew
+	term = 2 // dockerd starts anew
 	mustNet(t, d, createNet("b"+swarmNet[1:], "10.53.0.0/24", ""))
 	now := time.Now()
 	a := NewAudit(d, 0, func() time.Time { return now })

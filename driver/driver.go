@@ -68,9 +68,6 @@ type Config struct {
 // same time.
 type Driver struct {
 	Config
-	// asked holds the networks that Docker has created since the process started.
-	asked sync.Map // store.NetworkID → true
-
 	refusedMu sync.Mutex // guards what follows
 	refused   map[store.NetworkID]Refusal
 }
@@ -110,7 +107,6 @@ func (d *Driver) createNetwork(ctx context.Context, r network.CreateNetworkReque
 	if err != nil {
 		return err
 	}
-	d.asked.Store(n.ID, true)
 	store.FailPoint("driver.CreateNetwork.written")
 	if err := d.Sync.Sync(ctx, n.VNI, ""); err != nil {
 		if made {
@@ -140,6 +136,9 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 		return false, fmt.Errorf("VXLAN devices of the host: %w", err)
 	}
 	store.FailPoint("driver.CreateNetwork.checked")
+	if n.ID.OfSwarm() {
+		n.Term = d.term()
+	}
 	err = d.DB.Update(ctx, func(tx *store.Tx) error {
 		old, err := tx.Network(n.ID)
 		if err == nil {
@@ -150,7 +149,11 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 				return fmt.Errorf("network %s exists with subnets %v and options %v, not %v and %v; remove it first",
 					n.ID, old.Prefixes(), Shown(old.Options), n.Prefixes(), Shown(n.Options))
 			}
-			return nil
+			if old.Term == n.Term {
+				return nil
+			}
+			old.Term = n.Term
+			return tx.PutNetwork(old)
 		}
 		if !errors.Is(err, store.ErrNotFound) {
 			return err
@@ -172,8 +175,9 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 	return made, err
 }
 
-// normal removes the difference between nothing and an empty map.
+// normal removes what is no difference: nothing and an empty map, and when Docker asked.
 func normal(n store.Network) store.Network {
+	n.Term = 0
 	if len(n.Options) == 0 {
 		n.Options = nil
 	}

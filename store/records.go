@@ -113,6 +113,8 @@ type Network struct {
 	Ifname   string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
 	Options  map[string]string `json:"options,omitempty"` // the -o options as given
 	Meet     []netip.Addr      `json:"meet,omitempty"`    // hosts to meet
+	// Term of Swarm in which Docker last created it here (driver.Config); 0 elsewhere.
+	Term uint64 `json:"term,omitempty"`
 	// Key is known to the hosts that may run the network, 32 bytes, or nil: then
 	// every host that runs the same VNI and subnets is believed.
 	Key []byte `json:"key,omitempty"`
