@@ -219,10 +219,10 @@ func serveCost(t *testing.T) float64 {
 }
 
 // extrapolate prints what a quiet cluster costs at sizes that were not run: every
-// host compares with every other once a minute.
+// host compares with every other once a minute, or with four a second.
 func extrapolate(t *testing.T) {
 	for _, n := range []int{100, 1000, 5000} {
-		streams := float64(n-1) / 60 * 1.05 // jitter of a fifth either way, and errors
+		streams := min(float64(n-1)/compareEvery, 1/compareSpacing) * 1.05 // jitter of a fifth either way, and errors
 		traffic, perStream := line(t, "quiet: sent per host, KB/s")
 		cpu, cost := line(t, "quiet: CPU per host, % of a core")
 		figure(t, fmt.Sprintf("layer B: %d hosts: quiet", n), "%.1f streams/s, sends %.0f KB/s, CPU %.1f %% of a core (fit of layer A)",
