@@ -54,7 +54,7 @@ func TestSwarmStatus(t *testing.T) {
 			})
 			t.Run("Docker does not answer", func(t *testing.T) {
 				hold := func(signal string) {
-					if _, err := b.Exec(t.Context(), "sh", "-c", "kill -"+signal+" $(cat /run/docker.pid)"); err != nil {
+					if _, err := b.Exec(t.Context(), "sh", "-c", "kill -"+signal+" $(cat /run/docker/docker.pid)"); err != nil {
 						t.Fatal(err)
 					}
 				}

@@ -21,7 +21,7 @@ func (d *demo) killLeader() error {
 	if err != nil {
 		return err
 	}
-	d.Prompt(leader.Name, "kill -9 $(cat /run/docker.pid)    # the leader")
+	d.Prompt(leader.Name, "kill -9 $(cat /run/docker/docker.pid)    # the leader")
 	if err := leader.KillDockerd(d.Ctx); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 	"os"
@@ -117,7 +118,7 @@ func (h *Host) dockerdArgs(ctx context.Context) []string {
 		"--exec-root", "/run/docker",
 		"--host", "unix:///run/docker.sock",
 		"--host", "unix://" + h.socket(),
-		"--pidfile", "/run/docker.pid",
+		"--pidfile", "/run/docker/docker.pid",
 		"--cgroup-parent", "/" + h.cgroup() + "/containers",
 		// /run/systemd is hidden, and systemd knows nothing of this host.
 		"--exec-opt", "native.cgroupdriver=cgroupfs",
@@ -164,9 +165,18 @@ func (h *Host) KillDockerd(ctx context.Context) error {
 	if err := h.endLocked(ctx, syscall.SIGKILL); err != nil {
 		return err
 	}
-	return waitFor(ctx, 5*time.Millisecond, "containerd to end", func() (bool, error) {
+	if err := waitFor(ctx, 5*time.Millisecond, "containerd to end", func() (bool, error) {
 		return !exists(fmt.Sprintf("/proc/%d", pid)), nil
-	})
+	}); err != nil {
+		return err
+	}
+	// Another process may have one of their numbers by now, and dockerd would not start.
+	for _, file := range []string{"docker.pid", "containerd/containerd.pid"} {
+		if err := os.Remove(filepath.Join(h.Dir, "run", file)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 func (h *Host) endLocked(ctx context.Context, sig syscall.Signal) error {
