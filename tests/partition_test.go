@@ -86,16 +86,18 @@ func (c *cluster) partition(t *testing.T) {
 	}
 	start := time.Now()
 	good, bad := churn.stop()
-	for i, h := range []*hosts.Host{all[0], all[2]} {
-		tells(t, h, both+" (endpoint ", " on host "+all[2-2*i].Name+")", "addresses that two have")
-	}
 	for _, h := range all {
-		removeOthers(t, h, "fixed")
+		removeOthers(t, h, "fixed", "both")
 	}
 	agreed := c.agree(t, start)
-	untold(t, all[0], "addresses that two have")
 	reach(t, c.containers[0], "10.32.3.10")
 	reached := time.Since(start)
+	tells(t, all[0], both+" (endpoint ", " on host "+all[2].Name+")", "addresses that two have")
+	tells(t, all[2], both+" (endpoint ", " on host "+all[0].Name+")", "addresses that two have")
+	docker(t, all[2], "rm", "--force", "both")
+	untold(t, all[0], "addresses that two have")
+	untold(t, all[2], "addresses that two have")
+	docker(t, all[0], "rm", "--force", "both")
 	var sent, lost uint64
 	for _, p := range probes {
 		r := lossless(t, p)
