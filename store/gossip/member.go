@@ -24,6 +24,9 @@ const (
 	twinEvery    = 5 * time.Second
 	gossipDial   = 1500 * time.Millisecond
 	gossipStream = 5 * time.Second // push/pull and its fallback pings
+	// Twice as often as memberlist's own: half the wait for a digest, and twice as many
+	// of them while many things change. A round without news sends nothing.
+	gossipRound  = 100 * time.Millisecond
 	clusterLabel = "weft 1"
 )
 
@@ -134,6 +137,7 @@ func (c *Cluster) memberConfig(addr netip.Addr, d *delegate, logger *log.Logger,
 	conf.Label = clusterLabel
 	conf.SecretKey = c.keys.gossip
 	conf.TCPTimeout = gossipStream
+	conf.GossipInterval = gossipRound
 	conf.EnableCompression = false // digests, keys and signatures do not shrink
 	conf.DeadNodeReclaimTime = 30 * time.Second
 	conf.Logger = logger

@@ -11,9 +11,9 @@ import (
 // are seconds of virtual time. The constants are those of memberlist's LAN
 // configuration and of store/gossip; costs come from layer A.
 const (
-	gossipEvery    = 0.2
+	gossipEvery    = 0.1
 	gossipNodes    = 3
-	probeRounds    = 5    // gossip rounds between two probes of a host
+	probeRounds    = 10   // gossip rounds between two probes of a host
 	packetBytes    = 1360 // of 1,400, without label and encryption
 	digestBytes    = 37 + 3
 	naiveBytes     = 72 + 3
