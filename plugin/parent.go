@@ -44,10 +44,14 @@ func keepChild(args []string, docker, admin net.Listener, log *slog.Logger) erro
 	defer signal.Stop(told)
 	// A child dies with the thread that made it (Pdeathsig); this one stays.
 	runtime.LockOSThread()
+	program, err := os.Executable() // by its name, for who looks at processes
+	if err != nil {
+		return fmt.Errorf("find the program: %w", err)
+	}
 	pause := time.Duration(0)
 	for {
 		begun := time.Now()
-		child, err := os.StartProcess("/proc/self/exe", append(append([]string{os.Args[0], "plugin"}, args...), "-"+inheritFlag),
+		child, err := os.StartProcess(program, append(append([]string{os.Args[0], "plugin"}, args...), "-"+inheritFlag),
 			&os.ProcAttr{Files: files, Sys: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}})
 		if err != nil {
 			return fmt.Errorf("start the plugin's work: %w", err)
