@@ -376,9 +376,23 @@ func (h *onePlugin) mustAgree() {
 	}
 }
 
+// child is the plugin's process that works.
+func (h *onePlugin) child() int {
+	h.t.Helper()
+	paths, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", h.cmd.Process.Pid)) // proc(5)
+	for _, path := range paths {
+		raw, _ := os.ReadFile(path) // the thread may have ended
+		if pid, err := strconv.Atoi(strings.TrimSpace(string(raw))); err == nil {
+			return pid
+		}
+	}
+	h.t.Fatal("the plugin has no child")
+	return 0
+}
+
 // cpu is the processor time of the plugin and its children, in seconds.
 func (h *onePlugin) cpu() float64 {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", h.cmd.Process.Pid))
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", h.child()))
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -396,7 +410,7 @@ func (h *onePlugin) cpu() float64 {
 
 // memory is a line of the plugin's /proc/PID/status, in MB.
 func (h *onePlugin) memory(name string) int {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", h.cmd.Process.Pid))
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", h.child()))
 	if err != nil {
 		h.t.Fatal(err)
 	}
