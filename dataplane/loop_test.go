@@ -219,6 +219,49 @@ func TestRandomWalkConverges(t *testing.T) {
 	t.Logf("random walk: %d writes, 60 states, 0 differences", steps)
 }
 
+// TestEndFinishesACutPass tells the loop to end at each operation of a removal: what
+// was cut off is done before it ends, for nobody may come after it.
+func TestEndFinishesACutPass(t *testing.T) {
+	for k := 0; ; k++ {
+		h := newHost(t)
+		h.peers(1, 2)
+		h.update(func(tx *store.Tx) error { return tx.PutNetwork(network(1)) })
+		h.settled()
+		first, reached, ended := -1, make(chan struct{}), make(chan struct{})
+		h.kernel.Before = func(n int, _ dataplane.Op) error {
+			if first < 0 {
+				first = n
+			}
+			if n-first == k {
+				close(reached)
+				go func() { h.stop(); close(ended) }()
+				return context.Canceled // as a program that was killed
+			}
+			return nil
+		}
+		h.update(func(tx *store.Tx) error { return tx.DeleteNetwork(network(1).ID) })
+		select {
+		case <-reached:
+			<-ended
+		case <-time.After(time.Second): // it has fewer operations
+			h.stop()
+		}
+		for _, v := range []store.VNI{1, store.HostVNI} {
+			have, err := h.kernel.Read(context.Background(), v)
+			if err != nil || len(have) > 0 {
+				t.Fatalf("cut at operation %d: left\n%v%v", k, have, err)
+			}
+		}
+		select {
+		case <-reached:
+		default:
+			t.Logf("%d operations cut", k)
+			return
+		}
+		h.stop = func() {} // it has ended
+	}
+}
+
 // TestCutAnywhere stops the loop after every single operation of building and of
 // removing networks, as a crash would; the next process finishes the work.
 func TestCutAnywhere(t *testing.T) {

@@ -49,7 +49,8 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	n.due, n.changed = time.Time{}, false
 	want, have, err := l.compare(ctx, v, fresh)
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
-		return nil, err // the process ends: nothing is wrong with the kernel
+		n.have, n.changed = nil, true // for finish
+		return nil, err               // the process ends: nothing is wrong with the kernel
 	}
 	if err != nil {
 		l.done(v, 0, nil, "", err)
@@ -58,6 +59,7 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	ops, held := l.withhold(v, Diff(want, have))
 	errs := l.kernel.Apply(ctx, ops)
 	if len(errs) > 0 && errors.Is(ctx.Err(), context.Canceled) {
+		n.have, n.changed = nil, true
 		return errs, ctx.Err()
 	}
 	if len(errs) > 0 && !fresh {
