@@ -294,11 +294,16 @@ func put(tx *Tx, bucket []byte, key []byte, v any) error {
 	return tx.tx.Bucket(bucket).Put(key, raw)
 }
 
-// list decodes the records whose key starts with prefix, in key order.
+// list returns the records whose key starts with prefix, in key order, and remembers
+// them decoded.
 func list[T any](tx *Tx, bucket []byte, prefix []byte) ([]T, error) {
+	return collect(tx, bucket, prefix, func(key, raw []byte) (T, error) { return decode[T](tx, bucket, key, raw) })
+}
+
+func collect[T any](tx *Tx, bucket, prefix []byte, decode func(key, raw []byte) (T, error)) ([]T, error) {
 	var out []T
-	err := scan(tx, bucket, prefix, func(key []byte, raw []byte) error {
-		v, err := decode[T](tx, bucket, key, raw)
+	err := scan(tx, bucket, prefix, func(key, raw []byte) error {
+		v, err := decode(key, raw)
 		if err != nil {
 			return fmt.Errorf("record in %s: %w", bucket, err)
 		}

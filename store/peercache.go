@@ -2,7 +2,6 @@ package store
 
 import (
 	"encoding/json"
-	"fmt"
 	"slices"
 	"sync"
 )
@@ -100,18 +99,12 @@ func (tx *Tx) Peers() ([]Peer, error) {
 	return all, nil
 }
 
-// readAll decodes the records whose key starts with prefix, in key order.
+// readAll is list for records that are remembered by peer.
 func readAll[T any](tx *Tx, bucket, prefix []byte) ([]T, error) {
-	var out []T
-	err := scan(tx, bucket, prefix, func(_, raw []byte) error {
-		var v T
-		if err := json.Unmarshal(raw, &v); err != nil {
-			return fmt.Errorf("record in %s: %w", bucket, err)
-		}
-		out = append(out, v)
-		return nil
+	return collect(tx, bucket, prefix, func(_, raw []byte) (v T, err error) {
+		err = json.Unmarshal(raw, &v)
+		return v, err
 	})
-	return out, err
 }
 
 // drop forgets what peers had before the transaction commits.

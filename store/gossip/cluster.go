@@ -11,10 +11,10 @@
 //	                                            └─► Merge… into the peer's store
 //
 // What is lost on the way is found by push/pull of all digests between random
-// members, and by comparing with each owner now and then (see compareEvery). A host that dies keeps
-// its records: they are hidden after Config.HideAfter and forgotten after
-// Config.ForgetAfter. Stopping is not leaving: a plugin that is replaced keeps its
-// traffic.
+// members, and by comparing with each owner now and then (see compareEvery). A host
+// that dies keeps its records: they are hidden after Config.HideAfter and forgotten
+// after Config.ForgetAfter. Stopping is not leaving: a plugin that is replaced keeps
+// its traffic.
 //
 // The package does not decide what records mean, and touches no kernel object.
 package gossip

@@ -18,12 +18,20 @@ const copyStays = time.Minute
 // and nothing should be built from it. It takes dialTime at most. Cluster need not run,
 // and should not: a copy that joins takes packets from its original for a moment.
 func (c *Cluster) Original(ctx context.Context, at netip.Addr) error {
-	s, err := c.dial(ctx, record{Host: store.Host{Address: at, DataPort: c.cfg.DataPort}}, c.id)
-	if err != nil {
+	if !c.lives(ctx, record{Host: store.Host{Address: at, DataPort: c.cfg.DataPort}}) {
 		return nil // nobody, or another host
 	}
-	s.close()
 	return fmt.Errorf("this host's state folder is a copy: the host at %s lives under the same identity; remove host.key here, and weft.db unless Docker's own folder was copied with it", at)
+}
+
+// lives reports whether a process with this host's identity answers where the record says.
+func (c *Cluster) lives(ctx context.Context, r record) bool {
+	s, err := c.dial(ctx, r, c.id)
+	if err != nil {
+		return false
+	}
+	s.close()
+	return true
 }
 
 // noteAddress writes down where this host is a member, for Original.

@@ -353,11 +353,9 @@ func (c *Cluster) findTwin(ctx context.Context) error {
 		if r.Boot == c.boot {
 			continue // this process at its former address
 		}
-		s, err := c.dial(ctx, r, c.id)
-		if err != nil {
+		if !c.lives(ctx, r) {
 			continue
 		}
-		s.close()
 		twin = r
 		if r.Boot < c.boot {
 			found = twinError(r)
@@ -398,10 +396,8 @@ func (c *Cluster) elderLives(ctx context.Context) error {
 	if r.ID == "" || r.Boot > c.boot {
 		return nil
 	}
-	s, err := c.dial(ctx, r, c.id)
-	if err != nil {
+	if !c.lives(ctx, r) {
 		return nil
 	}
-	s.close()
 	return twinError(r)
 }
