@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -80,17 +79,7 @@ func (p *plugin) stop(sig syscall.Signal) error {
 // child returns the process that does the work.
 func (p *plugin) child() int {
 	p.t.Helper()
-	var children []byte
-	paths, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.cmd.Process.Pid)) // proc(5)
-	for _, path := range paths {
-		raw, _ := os.ReadFile(path) // the thread may have ended
-		children = append(children, raw...)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(children)))
-	if err != nil {
-		p.t.Fatalf("children of the plugin are %q", children)
-	}
-	return pid
+	return kerneltest.Child(p.t, p.cmd.Process.Pid)
 }
 
 func (p *plugin) await(what string, ok func() bool) {

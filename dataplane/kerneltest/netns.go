@@ -4,8 +4,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -79,4 +81,20 @@ func MakeUnderlay(t testing.TB) {
 		ip link set `+UnderlayLink+` up
 		ip link set under1 up
 	`)
+}
+
+// Child returns the only child of a process.
+func Child(t testing.TB, parent int) int {
+	t.Helper()
+	var children []byte
+	paths, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent)) // proc(5)
+	for _, path := range paths {
+		raw, _ := os.ReadFile(path) // the thread may have ended
+		children = append(children, raw...)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(children)))
+	if err != nil {
+		t.Fatalf("children of process %d are %q", parent, children)
+	}
+	return pid
 }

@@ -379,15 +379,7 @@ func (h *onePlugin) mustAgree() {
 // child is the plugin's process that works.
 func (h *onePlugin) child() int {
 	h.t.Helper()
-	paths, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", h.cmd.Process.Pid)) // proc(5)
-	for _, path := range paths {
-		raw, _ := os.ReadFile(path) // the thread may have ended
-		if pid, err := strconv.Atoi(strings.TrimSpace(string(raw))); err == nil {
-			return pid
-		}
-	}
-	h.t.Fatal("the plugin has no child")
-	return 0
+	return kerneltest.Child(h.t, h.cmd.Process.Pid)
 }
 
 // cpu is the processor time of the plugin and its children, in seconds.
