@@ -16,10 +16,11 @@ import (
 const Schema = 2
 
 var (
-	keySchema = []byte("schema")
-	keyEpoch  = []byte("epoch")
-	keyFound  = []byte("founded")
-	keyAddr   = []byte("address")
+	keySchema  = []byte("schema")
+	keyEpoch   = []byte("epoch")
+	keyFound   = []byte("founded")
+	keyAddr    = []byte("address")
+	keyCounter = []byte("counter")
 )
 
 // prepareSchema makes the buckets of a new database or checks the version of an
@@ -80,6 +81,13 @@ func (tx *Tx) LastAddress() netip.Addr {
 func (tx *Tx) PutLastAddress(a netip.Addr) error {
 	return tx.tx.Bucket(bucketMeta).Put(keyAddr, []byte(a.String()))
 }
+
+// LastCounter returns the counter of the last host record that was signed with this
+// database, or 0. The next one is above it, also if the clock was set back.
+func (tx *Tx) LastCounter() uint64 { return getUint(tx.tx, bucketMeta, keyCounter) }
+
+// PutLastCounter notes the counter.
+func (tx *Tx) PutLastCounter(n uint64) error { return putUint(tx.tx, bucketMeta, keyCounter, n) }
 
 // checkRecords decodes every record once.
 func checkRecords(b *bbolt.Tx) error {

@@ -87,7 +87,7 @@ func (c *Cluster) attend(ctx context.Context, addr netip.Addr) error {
 		return fmt.Errorf("gossip: %w", err)
 	}
 	c.table.reset()
-	c.renew(addr, 0)
+	c.renew(ctx, addr, 0)
 	d := &delegate{c: c, name: c.memberName()}
 	defer d.over.Store(true)
 	ctx, cancel := context.WithCancel(ctx)
@@ -96,6 +96,13 @@ func (c *Cluster) attend(ctx context.Context, addr netip.Addr) error {
 	list, err := memberlist.Create(c.memberConfig(addr, d, logger, &transport{NodeAwareTransport: port, c: c, ctx: ctx, local: addr}))
 	if err != nil {
 		return errors.Join(fmt.Errorf("gossip: %w", err), port.Shutdown())
+	}
+	for ctx.Err() == nil && !bytes.Equal(list.LocalNode().Meta, d.NodeMeta(0)) {
+		// memberlist listens before it knows itself, and if it hears of this host's
+		// former process in that moment it takes that one's record for its own.
+		if err := list.UpdateNode(outbidEvery); err != nil {
+			c.log.Debug("host record waits to be sent", "err", err)
+		}
 	}
 	c.isAbsent("")
 	if err := c.noteAddress(ctx, addr); err != nil {
@@ -146,13 +153,23 @@ func (c *Cluster) memberConfig(addr netip.Addr, d *delegate, logger *log.Logger,
 	return conf
 }
 
-// renew signs a new record of this host with a counter above the given one.
-func (c *Cluster) renew(addr netip.Addr, above uint64) {
+// renew signs a new record of this host with a counter above the given one and above
+// all that it has signed before. Members that think this host dead do not show it its
+// former record, and would refuse an older one, so the counter is in the database first.
+func (c *Cluster) renew(ctx context.Context, addr netip.Addr, above uint64) {
+	counter := max(above+1, uint64(c.clock().UnixNano()))
+	err := c.db.Update(ctx, func(tx *store.Tx) error {
+		counter = max(counter, tx.LastCounter()+1)
+		return tx.PutLastCounter(counter)
+	})
+	if err != nil && ctx.Err() == nil {
+		c.log.Error("cannot note the number of this host's record", "err", err)
+	}
 	host := c.db.Self()
 	host.Address = addr
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	counter := max(c.self.Counter+1, above+1, uint64(c.clock().UnixNano()))
+	counter = max(counter, c.self.Counter+1) // should the database not take it
 	c.self = record{Host: host, Port: c.cfg.Port, Boot: c.boot, Counter: counter}
 	c.self.ID, c.self.DataPort = c.id, c.cfg.DataPort
 	c.meta = c.self.sign(c.cfg.Identity)
@@ -319,7 +336,7 @@ func (c *Cluster) guardIdentity(ctx context.Context, addr netip.Addr, list *memb
 		case <-look.C:
 		case <-quick.C: // soon after the start, when a copy does the least harm
 		case <-c.outbid:
-			c.outbidOthers(addr, list)
+			c.outbidOthers(ctx, addr, list)
 			quick.Reset(outbidEvery)
 		}
 		if err := c.findTwin(ctx); err != nil {
@@ -329,7 +346,7 @@ func (c *Cluster) guardIdentity(ctx context.Context, addr netip.Addr, list *memb
 }
 
 // outbidOthers signs a record above all that members show of this identity.
-func (c *Cluster) outbidOthers(addr netip.Addr, list *memberlist.Memberlist) {
+func (c *Cluster) outbidOthers(ctx context.Context, addr netip.Addr, list *memberlist.Memberlist) {
 	c.mu.Lock()
 	top := c.self.Counter
 	for _, v := range c.verified {
@@ -338,7 +355,7 @@ func (c *Cluster) outbidOthers(addr netip.Addr, list *memberlist.Memberlist) {
 		}
 	}
 	c.mu.Unlock()
-	c.renew(addr, top)
+	c.renew(ctx, addr, top)
 	if err := list.UpdateNode(outbidEvery); err != nil {
 		c.log.Debug("new host record waits to be sent", "err", err)
 	}

@@ -144,7 +144,7 @@ func (p *replayed) run(ctx context.Context, tell chan<- record, joined func()) e
 	if err != nil {
 		return err
 	}
-	c.renew(p.addr, 0)
+	c.renew(ctx, p.addr, 0)
 	d := fewMembers{&delegate{c: c, name: c.memberName()}, p, tell}
 	g, ctx := errgroup.WithContext(ctx)
 	conf := c.memberConfig(p.addr, d.delegate, logger, &transport{NodeAwareTransport: port, c: c, ctx: ctx, local: p.addr})
