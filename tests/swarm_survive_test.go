@@ -232,6 +232,16 @@ func (s *swarm) cut(t *testing.T) {
 	s.forgotten(t)
 }
 
+// demote makes a manager a worker. Docker refuses it while it thinks that the managers
+// left would be no majority, as it does shortly after some of them joined.
+func demote(t *testing.T, leader *hosts.Host, name string) {
+	t.Helper()
+	eventually(t, 30*time.Second, name+" is demoted", func(ctx context.Context) error {
+		_, err := leader.Docker(ctx, "node", "demote", name)
+		return err
+	})
+}
+
 // named waits until a container reaches another by its name. Names are Docker's: its
 // own gossip looks once a minute for hosts that it lost.
 func named(t *testing.T, from hosts.Container, name string) {
@@ -243,7 +253,7 @@ func named(t *testing.T, from hosts.Container, name string) {
 // join it again, and makes it a manager.
 func (s *swarm) worker(t *testing.T) {
 	leader, h := s.leader(t, nil), s.followers(t)[1]
-	docker(t, leader, "node", "demote", h.Name)
+	demote(t, leader, h.Name)
 	eventually(t, 30*time.Second, "host "+h.Name+" is a worker", func(ctx context.Context) error {
 		out, err := h.Docker(ctx, "info", "--format", "{{.Swarm.ControlAvailable}}")
 		if err == nil && out != "false" {

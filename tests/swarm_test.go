@@ -268,7 +268,7 @@ func reachAll(t *testing.T, c hosts.Container, all []string) {
 
 var addressLine = regexp.MustCompile(`(?m)^Address:?\s+(?:\d+:\s+)?(\d+\.\d+\.\d+\.\d+)\s*$`)
 
-// resolves waits until the container finds exactly these tasks by the name.
+// resolves waits until the container finds exactly these tasks by the name; see named.
 func resolves(t *testing.T, c hosts.Container, name, network string, tasks []hosts.Task) {
 	t.Helper()
 	var want []string
@@ -276,7 +276,7 @@ func resolves(t *testing.T, c hosts.Container, name, network string, tasks []hos
 		want = append(want, task.Addresses[network].String())
 	}
 	slices.Sort(want)
-	eventually(t, 30*time.Second, fmt.Sprintf("%s resolves to the tasks of the service", name), func(ctx context.Context) error {
+	eventually(t, 2*time.Minute, fmt.Sprintf("%s resolves to the tasks of the service", name), func(ctx context.Context) error {
 		// A name server that knows no AAAA makes nslookup fail.
 		out, _ := c.Host.Docker(ctx, "exec", c.Name, "nslookup", "-type=a", name, "127.0.0.11")
 		var got []string
