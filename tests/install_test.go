@@ -47,6 +47,7 @@ func TestInstall(t *testing.T) {
 			step("isolation", isolation)
 			step("own IPAM", ownIPAM)
 			step("config-from", configFrom)
+			step("Compose", composed)
 			step("refusals", refusals)
 			for _, h := range lab.Hosts {
 				removeOthers(t, h)

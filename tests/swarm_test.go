@@ -31,6 +31,7 @@ func TestSwarm(t *testing.T) {
 				{"", "network", s.networks},
 				{"", "stack", s.stacks},
 				{"", "compose", s.compose},
+				{"", "projects", s.projects},
 				{"", "families", s.families},
 				{"debian", "service", s.services},
 				{"debian", "update", s.updates},

@@ -31,6 +31,18 @@ func (h *Host) DockerCommand(ctx context.Context, args ...string) *exec.Cmd {
 	return command(ctx, h.dockerEnv(), "docker", args...)
 }
 
+// composeProgram is Docker's Compose, which is also "docker compose".
+const composeProgram = "docker-compose"
+
+// Compose runs Compose's command with a file against the host and returns its output.
+func (h *Host) Compose(ctx context.Context, file string, args ...string) (string, error) {
+	dir, err := builtDir()
+	if err != nil {
+		return "", err
+	}
+	return run(ctx, h.dockerEnv(), filepath.Join(dir, composeProgram), append([]string{"--file", file, "--progress", "plain"}, args...)...)
+}
+
 func (h *Host) dockerEnv() []string {
 	// A folder of its own: the user's logins, contexts and proxies are not ours.
 	return []string{"DOCKER_HOST=unix://" + h.socket(), "DOCKER_CONFIG=" + filepath.Join(h.Dir, "cli"), "DOCKER_CONTEXT=", "DOCKER_TLS_VERIFY="}

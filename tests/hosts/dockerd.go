@@ -28,20 +28,25 @@ func Debian() Engine { return Engine{Name: "debian"} }
 // Newest is the engine that tests/engine.sh builds, in $WEFT_ENGINE_DIR or the
 // user's cache. The error says how to get it.
 func Newest() (Engine, error) {
-	dir := os.Getenv("WEFT_ENGINE_DIR")
-	if dir == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			return Engine{}, err
-		}
-		dir = filepath.Join(cache, "weft", "engine", "bin")
+	dir, err := builtDir()
+	if err != nil {
+		return Engine{}, err
 	}
-	for _, p := range []string{"dockerd", "containerd", "containerd-shim-runc-v2", "runc"} {
+	for _, p := range []string{"dockerd", "containerd", "containerd-shim-runc-v2", "runc", composeProgram} {
 		if _, err := os.Stat(filepath.Join(dir, p)); err != nil {
 			return Engine{}, fmt.Errorf("newest engine: %w; run tests/engine.sh, or set WEFT_ENGINE_DIR", err)
 		}
 	}
 	return Engine{Name: "newest", Dir: dir}, nil
+}
+
+// builtDir is where tests/engine.sh puts what it builds.
+func builtDir() (string, error) {
+	if dir := os.Getenv("WEFT_ENGINE_DIR"); dir != "" {
+		return dir, nil
+	}
+	cache, err := os.UserCacheDir()
+	return filepath.Join(cache, "weft", "engine", "bin"), err
 }
 
 // daemon is a running dockerd. Its goroutine waits for the process and closes
