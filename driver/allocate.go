@@ -98,7 +98,7 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 			return err
 		}
 		a.Term = d.term()
-		return tx.PutAllocation(a)
+		return errors.Join(d.replaces(tx, a), tx.PutAllocation(a))
 	})
 	if err != nil {
 		return nil, err
@@ -123,6 +123,9 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given, Meet: n.Meet}
 	old, err := tx.Allocation(n.ID)
 	if err == nil {
+		if old.Term != d.term() {
+			d.repeated.Store(d.term())
+		}
 		switch {
 		case !slices.Equal(old.Prefixes, a.Prefixes), !maps.Equal(old.Given, given), a.VNI != 0 && a.VNI != old.VNI:
 			return a, fmt.Errorf("network %s is allocated with vni %d, subnets %v and options %v, not with vni %d, %v and %v; remove it first",
@@ -189,15 +192,38 @@ func (d *Driver) overlaps(tx *store.Tx, a store.Allocation) error {
 	if err != nil {
 		return err
 	}
-	term := d.term()
 	for _, o := range all {
 		for _, p := range a.Prefixes {
-			if o.ID != a.ID && (term == 0 || o.Term == term) && slices.ContainsFunc(o.Prefixes, p.Overlaps) {
+			if o.ID != a.ID && !d.former(o) && slices.ContainsFunc(o.Prefixes, p.Overlaps) {
 				return fmt.Errorf("subnet %s overlaps %v of Swarm network %.12s; choose another", p, o.Prefixes, o.ID)
 			}
 		}
 	}
 	return nil
+}
+
+// replaces forgets allocations of earlier terms that have what this one has: their
+// networks were removed while another manager led.
+func (d *Driver) replaces(tx *store.Tx, a store.Allocation) error {
+	all, err := tx.Allocations()
+	if err != nil {
+		return err
+	}
+	for _, o := range all {
+		clash := o.VNI == a.VNI || slices.ContainsFunc(a.Prefixes, func(p netip.Prefix) bool { return slices.ContainsFunc(o.Prefixes, p.Overlaps) })
+		if o.ID != a.ID && d.former(o) && clash {
+			if err := tx.DeleteAllocation(o.ID); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// former reports whether Docker asked for an allocation in an earlier term alone.
+func (d *Driver) former(a store.Allocation) bool {
+	term := d.term()
+	return term != 0 && a.Term != term
 }
 
 func (d *Driver) term() uint64 {
@@ -214,7 +240,7 @@ func (d *Driver) unallocated(tx *store.Tx, n store.Network, foreign []VXLAN) err
 		return err
 	}
 	for _, o := range all {
-		if o.VNI == n.VNI && o.ID != n.ID {
+		if o.VNI == n.VNI && o.ID != n.ID && !d.former(o) {
 			return clashError{fmt.Errorf("vni %d belongs to Swarm network %.12s with subnets %v; choose another", n.VNI, o.ID, o.Prefixes)}
 		}
 	}

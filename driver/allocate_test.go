@@ -4,8 +4,10 @@ import (
 	"context"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
 
@@ -137,6 +139,56 @@ func TestAllocationOfAnEarlierTerm(t *testing.T) {
 	}
 	term = 8
 	mustAllocate(t, d, clash)
+	if ids := allocated(t, d); !slices.Equal(ids, []store.NetworkID{"another"}) {
+		t.Errorf("allocated are %v: the earlier one, whose subnet is given to another, is gone", ids)
+	}
+}
+
+// A manager that leads again is told of all networks that are left; it forgets the
+// others. That only the plugin is new, and Docker repeats nothing, is no reason.
+func TestAllocationThatIsNotRepeatedIsForgotten(t *testing.T) {
+	d, _ := newDriver(t)
+	term := uint64(1)
+	d.Term = func() uint64 { return term }
+	stays := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil))
+	mustAllocate(t, d, allocation("another", "10.91.0.0/24", nil))
+	now := time.Now()
+	a := NewAudit(d, 0, func() time.Time { return now })
+	later := func(by time.Duration) []store.NetworkID {
+		t.Helper()
+		now = now.Add(by)
+		if err := a.allocations(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return allocated(t, d)
+	}
+	term = 2
+	later(0)
+	if ids := later(time.Hour); len(ids) != 2 {
+		t.Fatalf("Docker has repeated nothing, and %v are left", ids)
+	}
+	mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", stays))
+	later(0)
+	if ids := later(emptyGrace - time.Second); len(ids) != 2 {
+		t.Fatalf("forgotten too early: %v are left", ids)
+	}
+	if ids := later(time.Second); !slices.Equal(ids, []store.NetworkID{swarmNet}) {
+		t.Errorf("%v are left", ids)
+	}
+}
+
+func allocated(t *testing.T, d *Driver) (ids []store.NetworkID) {
+	t.Helper()
+	if err := d.DB.View(func(tx *store.Tx) error {
+		all, err := tx.Allocations()
+		for _, a := range all {
+			ids = append(ids, a.ID)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return ids
 }
 
 // Docker's user does not see why a network of Swarm is not made on a host.

@@ -37,6 +37,8 @@ type Audit struct {
 	since map[store.EndpointID]time.Time // first sighting without a live link
 	lost  map[store.EndpointID]bool      // of those, that were joined and lost it
 	empty map[store.NetworkID]time.Time  // first sighting of a network that may be forgotten
+	term  uint64                         // in which Docker repeats what it has,
+	begun time.Time                      // since when
 }
 
 // NewAudit returns the audit of a driver's endpoints. It looks every so often, 0
@@ -57,7 +59,7 @@ func (a *Audit) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			if err := errors.Join(a.once(ctx), a.networks(ctx)); err != nil && ctx.Err() == nil {
+			if err := errors.Join(a.once(ctx), a.networks(ctx), a.allocations(ctx)); err != nil && ctx.Err() == nil {
 				a.d.Log.Error("audit of endpoints and networks", "err", err)
 			}
 		}
@@ -192,5 +194,46 @@ func (a *Audit) change(ctx context.Context, e store.Endpoint, fn func(*store.Tx)
 			return err
 		}
 		return fn(tx)
+	})
+}
+
+// allocations forgets, as the Swarm's leader, the networks that Docker has not repeated
+// in this term: they were removed while another manager led.
+func (a *Audit) allocations(ctx context.Context) error {
+	term := a.d.term()
+	if term == 0 || a.d.repeated.Load() != term {
+		return nil
+	}
+	if a.term != term {
+		a.term, a.begun = term, a.now()
+	}
+	if a.now().Sub(a.begun) < emptyGrace {
+		return nil
+	}
+	var former []store.Allocation
+	err := a.d.DB.View(func(tx *store.Tx) error {
+		all, err := tx.Allocations()
+		for _, o := range all {
+			if a.d.former(o) {
+				former = append(former, o)
+			}
+		}
+		return err
+	})
+	if err != nil || len(former) == 0 {
+		return err
+	}
+	return a.d.DB.Update(ctx, func(tx *store.Tx) error {
+		for _, o := range former {
+			now, err := tx.Allocation(o.ID)
+			if errors.Is(err, store.ErrNotFound) || err == nil && now.Term != o.Term {
+				continue
+			}
+			if err := errors.Join(err, tx.DeleteAllocation(o.ID)); err != nil {
+				return err
+			}
+			a.d.Log.Info("allocation forgotten: its network was removed while another manager led", "network", o.ID, "vni", o.VNI)
+		}
+		return nil
 	})
 }

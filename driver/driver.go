@@ -19,6 +19,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
@@ -70,6 +71,9 @@ type Driver struct {
 	Config
 	refusedMu sync.Mutex // guards what follows
 	refused   map[store.NetworkID]Refusal
+	// repeated is the term in which Docker was last seen to repeat what it has, as it
+	// does when this host becomes the leader.
+	repeated atomic.Uint64
 }
 
 // New returns a driver.

@@ -67,7 +67,8 @@ func (i *IPAM) report(freed []store.Lease, err error) {
 // it to this host as the new leader. It is freed when a second audit, Config.Grace
 // after the first, still finds it so. Pools are not removed, since what Docker or
 // another driver does with them cannot be seen from here, but for those of Swarm's
-// networks: they go with their network.
+// networks: they go with their network, and those of the global space once the leader
+// has forgotten it.
 //
 // It also removes the records of addresses that have cooled.
 func (i *IPAM) Audit(ctx context.Context) ([]store.Lease, error) {
@@ -76,7 +77,7 @@ func (i *IPAM) Audit(ctx context.Context) ([]store.Lease, error) {
 	now := i.cfg.Now()
 	var f findings
 	if err := i.db.View(func(tx *store.Tx) (err error) {
-		f, err = find(tx, now)
+		f, err = i.find(tx, now)
 		return err
 	}); err != nil {
 		return nil, err
@@ -138,13 +139,13 @@ func (i *IPAM) Audit(ctx context.Context) ([]store.Lease, error) {
 // findings is what an audit sees.
 type findings struct {
 	swarm  []store.Pool  // of a network of Swarm on this host, and not marked so
-	idle   []store.Pool  // marked, and no network of this host has them
+	idle   []store.Pool  // marked, or of an earlier term, and no network has them
 	leaked []store.Lease // held by nobody
 	past   []store.Lease // freed, have cooled
 	future []store.Lease // freed in the future: the clock went back
 }
 
-func find(tx *store.Tx, now time.Time) (f findings, err error) {
+func (i *IPAM) find(tx *store.Tx, now time.Time) (f findings, err error) {
 	pools, err := tx.Pools()
 	if err != nil {
 		return f, err
@@ -158,10 +159,14 @@ func find(tx *store.Tx, now time.Time) (f findings, err error) {
 		if err != nil {
 			return f, err
 		}
+		kept, err := allocated(tx, p)
+		if err != nil {
+			return f, err
+		}
 		switch {
 		case has && !p.Swarm:
 			f.swarm = append(f.swarm, p)
-		case p.Swarm && !inNetwork(networks, p):
+		case (p.Swarm || i.former(p) && !kept) && !inNetwork(networks, p):
 			f.idle = append(f.idle, p)
 		}
 		leases, err := tx.Leases(p.ID)

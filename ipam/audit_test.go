@@ -118,7 +118,7 @@ func TestAuditLooksAgainBeforeItFrees(t *testing.T) {
 	b.network(t, "n1", 4096, "10.70.0.0/24")
 	var ripe []store.Lease
 	b.write(t, func(tx *store.Tx) error {
-		f, err := find(tx, b.now)
+		f, err := b.find(tx, b.now)
 		ripe = f.leaked
 		return err
 	})

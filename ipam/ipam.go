@@ -193,13 +193,19 @@ func (i *IPAM) requestPool(ctx context.Context, r api.RequestPoolRequest) (p sto
 		if err != nil {
 			return nil, err
 		}
-		if !serial(r.Options) && !has {
+		kept, err := allocated(tx, p)
+		if err != nil {
+			return nil, err
+		}
+		swarms := serial(r.Options) || has || kept // Docker does not mark the first request for a pool
+		switch {
+		case !swarms:
 			p.Refs++
-		} else if again := p.Refs > 0; p.Space == GlobalSpace && again {
+		case p.Space == GlobalSpace && p.Refs > 0:
 			if err := doubt(tx, p.ID, i.cfg.Now().UTC()); err != nil {
 				return nil, err
 			}
-		} else {
+		default:
 			p.Refs = 1 // a Swarm's networks do not share pools
 		}
 		p.Asked, p.Term, p.Swarm = i.cfg.Now().UTC(), i.term(), p.Swarm || has
@@ -240,8 +246,13 @@ func (i *IPAM) choosePool(tx *store.Tx, want store.Pool, routes []netip.Prefix, 
 // living leaves out pools of the global space that may be gone: Docker has not asked
 // for them since this host became the leader.
 func (i *IPAM) living(pools []store.Pool) []store.Pool {
+	return slices.DeleteFunc(slices.Clone(pools), i.former)
+}
+
+// former reports whether Docker asked for a pool of the global space in an earlier term.
+func (i *IPAM) former(p store.Pool) bool {
 	term := i.term()
-	return slices.DeleteFunc(slices.Clone(pools), func(p store.Pool) bool { return p.Space == GlobalSpace && term != 0 && p.Term != term })
+	return p.Space == GlobalSpace && term != 0 && p.Term != term
 }
 
 func (i *IPAM) term() uint64 {
@@ -343,6 +354,7 @@ type PoolStatus struct {
 	Total   uint64        `json:"total"`   // usable addresses, at most MaxUint64
 	Used    int           `json:"used"`    // leases that are held
 	Cooling int           `json:"cooling"` // freed within the last minute
+	Former  bool          `json:"former"`  // of an earlier term of Swarm's leader: may be gone
 	Leases  []store.Lease `json:"leases"`  // held and cooling, in order of address
 }
 
@@ -356,7 +368,7 @@ func (i *IPAM) Status() ([]PoolStatus, error) {
 			return err
 		}
 		for _, p := range pools {
-			s := PoolStatus{Pool: p, Total: usable(p.Prefix, netip.Prefix{}).size()}
+			s := PoolStatus{Pool: p, Total: usable(p.Prefix, netip.Prefix{}).size(), Former: i.former(p)}
 			leases, err := tx.Leases(p.ID)
 			if err != nil {
 				return err

@@ -32,7 +32,11 @@ func (s *swarm) manager(i int) *bed { return s.beds[i] }
 
 func (s *swarm) pool(i int, space string) string {
 	s.t.Helper()
-	r, err := s.manager(i).RequestPool(s.t.Context(), api.RequestPoolRequest{AddressSpace: space, Pool: swarmPool, Options: map[string]string{optSerial: "true"}})
+	var options map[string]string
+	if space == LocalSpace { // the leader's allocator makes the mark after it asked for the pool
+		options = map[string]string{optSerial: "true"}
+	}
+	r, err := s.manager(i).RequestPool(s.t.Context(), api.RequestPoolRequest{AddressSpace: space, Pool: swarmPool, Options: options})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -162,6 +166,13 @@ func TestLeadersComeAndGo(t *testing.T) {
 	if got, want := s.held(s.leader), len(s.live)+1; got != want {
 		t.Errorf("the leader holds %d addresses, want %d", got, want)
 	}
+	// The network is removed; the other managers do not hear of it.
+	id := GlobalSpace + "/" + swarmPool
+	s.beds[s.leader].write(t, func(tx *store.Tx) error { return tx.DeleteAllocation("net") })
+	s.beds[s.leader].releasePool(t, id)
+	if got := s.held(s.leader); got != 0 {
+		t.Errorf("the leader holds %d addresses of a network that is removed", got)
+	}
 	t.Logf("SCORE addresses of a Swarm through deaths of its leader | runs %d | %d tasks, %d releases lost: 0 addresses twice, 0 lost", kills, started, s.lost)
 }
 
@@ -245,6 +256,42 @@ func TestPoolOfAnEarlierTermDoesNotClash(t *testing.T) {
 	term = 2
 	if err := ask("10.90.0.0/25"); err != nil {
 		t.Errorf("in a later term: %v", err)
+	}
+}
+
+// The pool of a network that was removed while another manager led goes once its
+// allocation is forgotten, and not before: it may only be this plugin that is new.
+func TestPoolOfAnEarlierTermGoesWithItsAllocation(t *testing.T) {
+	b := newBed(t)
+	term := uint64(1)
+	b.cfg.Term = func() uint64 { return term }
+	if _, err := b.RequestPool(t.Context(), api.RequestPoolRequest{AddressSpace: GlobalSpace, Pool: swarmPool}); err != nil {
+		t.Fatal(err)
+	}
+	b.write(t, func(tx *store.Tx) error {
+		return tx.PutAllocation(store.Allocation{ID: "net", VNI: 5000, Prefixes: []netip.Prefix{netip.MustParsePrefix(swarmPool)}, Term: term})
+	})
+	left := func() int {
+		t.Helper()
+		for range 3 {
+			b.now = b.now.Add(time.Hour)
+			if _, err := b.Audit(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pools, err := b.Status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(pools)
+	}
+	term = 2
+	if left() != 1 {
+		t.Error("the pool of an allocation is removed")
+	}
+	b.write(t, func(tx *store.Tx) error { return tx.DeleteAllocation("net") })
+	if left() != 0 {
+		t.Error("the pool stays without its allocation")
 	}
 }
 

@@ -256,6 +256,9 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply, swa
 			owned = leaders
 		}
 		o := owned[p.Prefix]
+		if o == nil && p.Former {
+			continue // it goes with its network's allocation
+		}
 		if o == nil {
 			add("", "pool %s is taken, but no network of Docker has it", p.Prefix)
 			continue
