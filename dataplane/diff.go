@@ -84,6 +84,14 @@ func lost(w Object, want, have Plan) bool {
 // same reports whether the kernel need not be changed. Of chains only the hash is
 // read back.
 func same(a, b Object) bool {
+	if v, ok := a.(Veth); ok {
+		v.Waits = false
+		a = v
+	}
+	if v, ok := b.(Veth); ok {
+		v.Waits = false
+		b = v
+	}
 	if c, ok := a.(Chain); ok {
 		c.Rules = ""
 		a = c

@@ -66,6 +66,7 @@ type Loop struct {
 	underlay Underlay
 	status   map[store.VNI]NetworkStatus
 	missing  map[store.VNI][]store.EndpointID
+	untaken  map[store.VNI][]store.EndpointID
 	stats    Stats
 }
 
@@ -119,7 +120,7 @@ func NewLoop(db *store.DB, k Kernel, address func() netip.Addr, inSync func() bo
 		db: db, kernel: k, address: address, inSync: inSync, log: log,
 		requests: make(chan request, 64), records: db.Watch(), ready: make(chan struct{}),
 		networks: map[store.VNI]*network{},
-		status:   map[store.VNI]NetworkStatus{}, missing: map[store.VNI][]store.EndpointID{},
+		status:   map[store.VNI]NetworkStatus{}, missing: map[store.VNI][]store.EndpointID{}, untaken: map[store.VNI][]store.EndpointID{},
 		stats: Stats{Repaired: map[string]uint64{}},
 	}
 }

@@ -279,7 +279,20 @@ func TestLostLinkIsSaid(t *testing.T) {
 	}
 	s, _ := h.db.Snapshot(1)
 	p, _ := dataplane.PlanNetwork(s, underlay)
-	veth := p[dataplane.Key{Kind: dataplane.KindVeth, Name: e.ID.HostLink()}]
+	veth := p[dataplane.Key{Kind: dataplane.KindVeth, Name: e.ID.HostLink()}].(dataplane.Veth)
+	for _, untaken := range []int{1, 0} { // Docker has not taken it yet, and then it has
+		there := veth
+		there.Waits = untaken == 1
+		if err := h.kernel.Break(dataplane.Op{Verb: dataplane.Put, Object: there}); err != nil {
+			t.Fatal(err)
+		}
+		h.within(5*time.Second, "the loop says whether Docker has taken the link", func() error {
+			if m := h.loop.Untaken(1); len(m) != untaken {
+				return fmt.Errorf("untaken %v", m)
+			}
+			return nil
+		})
+	}
 	if err := h.kernel.Break(dataplane.Op{Verb: dataplane.Delete, Object: veth}); err != nil {
 		t.Fatal(err)
 	}

@@ -259,21 +259,33 @@ func (l *Loop) repaired(v store.VNI, ops []Op) {
 	l.log.Warn("kernel repaired: it did not match the records", "vni", v, "objects", kinds, "first", text)
 }
 
-// findMissing notes the endpoints whose link has vanished after Docker took it.
+// findMissing notes the endpoints whose link has vanished after Docker took it, and
+// those that Docker has not taken.
 func (l *Loop) findMissing(v store.VNI, want, have Plan) {
-	var missing []store.EndpointID
+	var missing, untaken []store.EndpointID
 	for k, o := range want {
-		if veth, ok := o.(Veth); ok && veth.Joined {
-			if _, there := have[k]; !there {
-				if e, ok := ParseEndpointAlias(veth.Alias); ok {
-					missing = append(missing, e.ID)
-				}
-			}
+		veth, ok := o.(Veth)
+		if !ok || !veth.Joined {
+			continue
+		}
+		e, ok := ParseEndpointAlias(veth.Alias)
+		if h, there := have[k].(Veth); ok && !there {
+			missing = append(missing, e.ID)
+		} else if ok && h.Waits {
+			untaken = append(untaken, e.ID)
 		}
 	}
 	l.mu.Lock()
-	l.missing[v] = missing
+	l.missing[v], l.untaken[v] = missing, untaken
 	l.mu.Unlock()
+}
+
+// Untaken returns the endpoints of a network that were handed to Docker, and whose link
+// it had not taken at the last reading. Docker does so within a second, unless it dies.
+func (l *Loop) Untaken(v store.VNI) []store.EndpointID {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.untaken[v])
 }
 
 // Missing returns the endpoints of a network that Docker had joined and whose link
@@ -303,6 +315,7 @@ func (l *Loop) done(v store.VNI, objects int, ops []Op, held string, err error) 
 	if objects == 0 && err == nil && v != store.HostVNI {
 		delete(l.status, v)
 		delete(l.missing, v)
+		delete(l.untaken, v)
 	} else {
 		l.status[v] = s
 	}

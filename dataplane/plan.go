@@ -116,6 +116,9 @@ type Veth struct {
 	// Joined: the container's side was handed over to Docker, also told by the
 	// alias. The link then cannot be made again, only repaired.
 	Joined bool
+	// Waits: the container's side is still in the host's namespace. Read tells it; it
+	// is not compared.
+	Waits bool
 }
 
 // Neigh is a permanent neighbour entry on a bridge, from which ARP and ND are

@@ -23,8 +23,9 @@ const (
 	// in this term (Config.Term), is removed after so long. Docker does not
 	// remember such networks when it starts, and creates them when it needs them.
 	emptyGrace = 15 * time.Minute
-	// idleGrace: an endpoint that was made but never joined, or that has left, is
-	// removed after so long. Docker joins within seconds of making it.
+	// idleGrace: an endpoint that was made but never joined, whose link Docker never
+	// took, or that has left, is removed after so long. Docker joins within seconds of
+	// making it, and takes the link at once.
 	idleGrace = 15 * time.Minute
 )
 
@@ -71,7 +72,7 @@ func (a *Audit) once(ctx context.Context) error {
 	if err := a.d.DB.View(func(tx *store.Tx) (err error) { all, err = tx.AllEndpoints(); return err }); err != nil {
 		return err
 	}
-	missing := map[store.EndpointID]bool{}
+	missing, untaken := map[store.EndpointID]bool{}, map[store.EndpointID]bool{}
 	asked := map[store.VNI]bool{}
 	seen := map[store.EndpointID]bool{}
 	for _, e := range all {
@@ -80,8 +81,11 @@ func (a *Audit) once(ctx context.Context) error {
 			for _, id := range a.d.Sync.Missing(e.VNI) {
 				missing[id] = true
 			}
+			for _, id := range a.d.Sync.Untaken(e.VNI) {
+				untaken[id] = true
+			}
 		}
-		idle := e.Sandbox == ""
+		idle := e.Sandbox == "" || untaken[e.ID]
 		if !idle && !missing[e.ID] {
 			continue
 		}

@@ -77,6 +77,48 @@ func TestAuditNeedsTwoSightingsAndTime(t *testing.T) {
 	}
 }
 
+// A dockerd that is killed between Join and the next step leaves the link where it is.
+func TestLinkThatDockerNeverTookIsRemoved(t *testing.T) {
+	d, f := newDriver(t)
+	mustNet(t, d, createNet(netA, "10.50.0.0/24", ""))
+	if _, err := d.CreateEndpoint(t.Context(), decode[network.CreateEndpointRequest](t, createEp(netA, epA, "10.50.0.2/24"))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Join(t.Context(), network.JoinRequest{NetworkID: netA, EndpointID: epA, SandboxKey: "/x"}); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	a := NewAudit(d, 0, func() time.Time { return now })
+	left := func(later time.Duration) (n int) {
+		t.Helper()
+		now = now.Add(later)
+		if err := a.once(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		_ = d.DB.View(func(tx *store.Tx) error {
+			all, err := tx.AllEndpoints()
+			n = len(all)
+			return err
+		})
+		return n
+	}
+	f.untaken = []store.EndpointID{epA}
+	left(0)
+	if left(idleGrace-time.Second) != 1 {
+		t.Fatal("removed too early")
+	}
+	f.untaken = nil // it was slow
+	left(0)
+	f.untaken = []store.EndpointID{epA}
+	left(0)
+	if left(idleGrace-time.Second) != 1 {
+		t.Fatal("the count did not begin anew")
+	}
+	if left(time.Second) != 0 {
+		t.Error("it stays")
+	}
+}
+
 // Docker forgets networks of Swarm when it is killed, and creates those anew that a
 // task needs.
 func TestForgottenNetworkOfSwarmIsRemoved(t *testing.T) {

@@ -34,6 +34,8 @@ type Syncer interface {
 	Sync(ctx context.Context, v store.VNI, e store.EndpointID) error
 	// Missing returns the joined endpoints whose link is gone.
 	Missing(v store.VNI) []store.EndpointID
+	// Untaken returns the joined endpoints whose link Docker has not taken.
+	Untaken(v store.VNI) []store.EndpointID
 }
 
 // Route is a route of the host that a network must not overlap.

@@ -25,6 +25,7 @@ type fakeSync struct {
 	err     error
 	calls   []string
 	missing []store.EndpointID
+	untaken []store.EndpointID
 }
 
 func (f *fakeSync) Sync(_ context.Context, v store.VNI, e store.EndpointID) error {
@@ -35,6 +36,7 @@ func (f *fakeSync) Sync(_ context.Context, v store.VNI, e store.EndpointID) erro
 }
 
 func (f *fakeSync) Missing(store.VNI) []store.EndpointID { return f.missing }
+func (f *fakeSync) Untaken(store.VNI) []store.EndpointID { return f.untaken }
 
 func newDriver(t testing.TB) (*Driver, *fakeSync) {
 	t.Helper()

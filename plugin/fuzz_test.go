@@ -22,6 +22,7 @@ type wellSyncer struct{}
 
 func (wellSyncer) Sync(context.Context, store.VNI, store.EndpointID) error { return nil }
 func (wellSyncer) Missing(store.VNI) []store.EndpointID                    { return nil }
+func (wellSyncer) Untaken(store.VNI) []store.EndpointID                    { return nil }
 
 const (
 	testNetwork  = "aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11aa11"

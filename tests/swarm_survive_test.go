@@ -72,14 +72,14 @@ func (s *swarm) whole(t *testing.T, asked *hosts.Host, network string, n int) {
 }
 
 // settled waits until audit finds no difference on any host. It is the settled of
-// crash tests for killed hosts: Docker asks nobody to remove an endpoint there, and
-// its address is free only after that.
+// crash tests for killed hosts: Docker asks nobody to remove an endpoint there, its
+// network only goes without endpoints, and the pool without the network.
 func (s *swarm) settled(t *testing.T) {
 	t.Helper()
 	var wait sync.WaitGroup
 	for _, h := range s.lab.Hosts {
 		wait.Go(func() {
-			for range 2 {
+			for range 4 {
 				out, err := h.Exec(t.Context(), "weft", "audit", "--settle", "2s")
 				if err == nil {
 					return

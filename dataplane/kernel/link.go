@@ -258,7 +258,7 @@ func readVeth(l, peer *link, bridge string) dataplane.Veth {
 	o := dataplane.Veth{Name: l.name, Alias: l.alias, MAC: e.MAC, MTU: l.mtu, Up: l.up, Joined: e.Sandbox != "",
 		Bridge: spoil(bridge, map[string]bool{"learning": l.port.learning})}
 	if waits(l, peer) {
-		o.MAC = peer.mac
+		o.MAC, o.Waits = peer.mac, true
 	}
 	return o
 }
