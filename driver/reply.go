@@ -52,7 +52,8 @@ func joinReply(n store.Network, e store.Endpoint) JoinResponse {
 		prefix = "eth"
 	}
 	return JoinResponse{InterfaceName: InterfaceName{SrcName: store.ContainerLink(e.ID.HostLink()), DstPrefix: prefix, DstName: e.Ifname},
-		StaticRoutes: subnetRoutes(n, e)}
+		// Docker does not know of the option internal.
+		StaticRoutes: subnetRoutes(n, e), DisableGatewayService: n.Internal}
 }
 
 // subnetRoutes lead to the network's other subnets, which are on the same link.

@@ -219,9 +219,16 @@ func published(t *testing.T, lab *hosts.Lab) {
 	docker(t, a, "rm", "--force", "pub")
 }
 
-// internalNetwork has no way out, and Docker adds no bridge of its own.
+// internalNetwork has no way out, and Docker adds no bridge of its own, whichever way
+// the user says it.
 func internalNetwork(t *testing.T, lab *hosts.Lab) {
-	createNetwork(t, lab, "inner", 43, "--internal", "-o", "vni=5043")
+	for _, way := range [][]string{{"--internal"}, {"-o", "internal"}} {
+		t.Run(strings.TrimLeft(way[0], "-"), func(t *testing.T) { isInternal(t, lab, way...) })
+	}
+}
+
+func isInternal(t *testing.T, lab *hosts.Lab, way ...string) {
+	createNetwork(t, lab, "inner", 43, append(way, "-o", "vni=5043")...)
 	a, b := lab.Hosts[0], lab.Hosts[1]
 	one, two := run(t, a, "in1", "--network", "inner", "--ip", "10.43.1.10"), run(t, b, "in2", "--network", "inner", "--ip", "10.43.2.10")
 	reach(t, one, "10.43.2.10")
