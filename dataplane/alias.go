@@ -14,6 +14,7 @@ import (
 const (
 	bridgePrefix = "weftb"
 	vxlanPrefix  = "weftx"
+	vethPrefix   = "weftv" // see store.EndpointID.HostLink
 
 	// LinkPrefix begins the name of every link of ours.
 	LinkPrefix = "weft"
@@ -37,16 +38,23 @@ func PeerName(veth string) string { return store.ContainerLink(veth) }
 // The alias of a link says whose it is and holds what a host needs to rebuild its
 // records when the database was lost. The kernel keeps at most 255 bytes.
 //
-//	weft:net 4096 <network id> <mtu, 0 automatic> <internal 0|1> 10.1.0.0/16=10.1.0.1,fd00::/64
+//	weft:net 4096 <network id> <mtu, 0 automatic> <internal 0|1, r routed, n no masquerade> 10.1.0.0/16=10.1.0.1,fd00::/64
 //	weft:vxlan 4096
 //	weft:ep 4096 <endpoint id> <network id> 02:… 10.1.0.2/16 - joined
 
 const maxAlias = 255
 
-// NetworkAlias returns the alias of a network's bridge. Subnets that do not fit
-// are left out from the end.
+// NetworkAlias returns the alias of a network's bridge, or of the VXLAN device of a
+// routed one. Subnets that do not fit are left out from the end.
 func NetworkAlias(n store.Network) string {
-	s := fmt.Sprintf("%snet %d %s %d %d", AliasPrefix, n.VNI, n.ID, n.MTU, bit(n.Internal))
+	how := strconv.Itoa(bit(n.Internal))
+	if n.Mode == store.ModeRouted {
+		how += "r"
+	}
+	if n.NoMasquerade {
+		how += "n"
+	}
+	s := fmt.Sprintf("%snet %d %s %d %s", AliasPrefix, n.VNI, n.ID, n.MTU, how)
 	sep := " "
 	for _, sub := range n.Subnets {
 		part := sep + sub.Pool.String()
@@ -74,7 +82,11 @@ func ParseNetworkAlias(s string) (store.Network, bool) {
 	if err1 != nil || err2 != nil {
 		return n, false
 	}
-	n = store.Network{ID: store.NetworkID(f[1]), VNI: store.VNI(vni), Mode: ModeVXLAN, MTU: mtu, Internal: f[3] == "1"}
+	n = store.Network{ID: store.NetworkID(f[1]), VNI: store.VNI(vni), Mode: store.ModeVXLAN, MTU: mtu,
+		Internal: strings.HasPrefix(f[3], "1"), NoMasquerade: strings.Contains(f[3], "n")}
+	if strings.Contains(f[3], "r") {
+		n.Mode = store.ModeRouted
+	}
 	if len(f) < 5 {
 		return n, true
 	}

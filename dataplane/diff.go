@@ -72,6 +72,10 @@ func lost(w Object, want, have Plan) bool {
 		name = o.Name
 	case FDB:
 		name = o.Link
+	case Neigh:
+		name = o.Link
+	case Route:
+		name = o.Link
 	default:
 		return false
 	}
@@ -105,7 +109,8 @@ func same(a, b Object) bool {
 
 // Underlay is the host's own network, as the kernel has it.
 type Underlay struct {
-	Address netip.Addr // zero: none found; networks then work on this host only
+	Address netip.Addr   // zero: none found; networks then work on this host only
+	Prefix  netip.Prefix // of Address: peers in it are on the same link
 	Link    string
 	MTU     int // bytes
 	// NoChecksum: this kernel or the link's driver computes wrong inner checksums

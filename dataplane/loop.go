@@ -386,6 +386,10 @@ func concerning(errs []*OpError, e store.EndpointID) error {
 			if e != "" && o.Link == VethName(e) {
 				return err
 			}
+		case Route:
+			if o.Link == "" || e != "" && o.Link == VethName(e) {
+				return err
+			}
 		case Neigh:
 		default:
 			return err

@@ -114,7 +114,7 @@ func (h *host) within(d time.Duration, what string, ok func() error) {
 }
 
 func network(v store.VNI) store.Network {
-	return store.Network{ID: store.NetworkID(fmt.Sprintf("network%d", v)), VNI: v, Mode: dataplane.ModeVXLAN,
+	return store.Network{ID: store.NetworkID(fmt.Sprintf("network%d", v)), VNI: v, Mode: store.ModeVXLAN,
 		Subnets: []store.Subnet{{Pool: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(v), 0, 0}), 16)}}}
 }
 

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/weftnet/weft/store"
@@ -225,21 +227,23 @@ func foreignDelete(op Op) bool {
 	case FDB:
 		return o.Dst.IsValid() || o.Master && len(o.Link) > len(vxlanPrefix) && o.Link[:len(vxlanPrefix)] == vxlanPrefix
 	case Neigh:
-		return true
+		return !strings.HasPrefix(o.Link, vethPrefix)
+	case Route:
+		return o.Via.IsValid()
 	}
 	return false
 }
 
 // countSilent counts the VTEPs that would go although their owner did not say so.
 func countSilent(ops []Op, s store.Snapshot) int {
-	count := 0
+	silent := map[netip.Addr]bool{}
 	for _, op := range ops {
-		if f, ok := op.Object.(FDB); ok && op.Verb == Delete && f.MAC.IsZero() &&
+		if f, ok := op.Object.(FDB); ok && op.Verb == Delete && f.Dst.IsValid() &&
 			slices.ContainsFunc(s.Hidden, func(p store.Peer) bool { return p.Address == f.Dst }) {
-			count++
+			silent[f.Dst] = true
 		}
 	}
-	return count
+	return len(silent)
 }
 
 // repaired says once that something else had changed the kernel.

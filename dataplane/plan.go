@@ -26,17 +26,20 @@ type Kind int
 
 // The kinds, and how a fresh process knows that one is ours.
 const (
-	KindSet    Kind = iota // ipset; name begins with "weft-"
-	KindChain              // iptables chain with its rules; name begins with "WEFT-"
-	KindJump               // rule in a shared chain that jumps to a chain of ours
-	KindBridge             // link; name prefix and alias
-	KindVXLAN              // link; name prefix and alias
-	KindVeth               // host side of an endpoint's link; name prefix and alias
-	KindNeigh              // permanent neighbour on a bridge of ours
-	KindFDB                // static forwarding entry on a link of ours
+	KindSet       Kind = iota // ipset; name begins with "weft-"
+	KindChain                 // iptables chain with its rules; name begins with "WEFT-"
+	KindJump                  // rule in a shared chain that jumps to a chain of ours
+	KindRule                  // routing rule; priority and table
+	KindBlackhole             // route without a way; table and protocol
+	KindBridge                // link; name prefix and alias
+	KindVXLAN                 // link; name prefix and alias
+	KindVeth                  // host side of an endpoint's link; name prefix and alias
+	KindRoute                 // route; table and protocol
+	KindNeigh                 // permanent neighbour on a link of ours
+	KindFDB                   // static forwarding entry on a link of ours
 )
 
-var kindNames = [...]string{"set", "chain", "jump", "bridge", "vxlan", "veth", "neigh", "fdb"}
+var kindNames = [...]string{"set", "chain", "jump", "rule", "blackhole", "bridge", "vxlan", "veth", "route", "neigh", "fdb"}
 
 func (k Kind) String() string { return kindNames[k] }
 
@@ -47,6 +50,7 @@ type Key struct {
 	Name   string // of the link, set, chain or jump
 	MAC    store.MAC
 	IP     netip.Addr
+	Bits   uint8 // length of a route's prefix
 	Master bool
 }
 
@@ -58,6 +62,9 @@ func (k Key) String() string {
 	}
 	if k.IP.IsValid() {
 		s += " " + k.IP.String()
+	}
+	if k.Kind == KindRoute || k.Kind == KindBlackhole {
+		s += fmt.Sprintf("/%d", k.Bits)
 	}
 	return s
 }
@@ -85,12 +92,12 @@ type Bridge struct {
 	Closed bool
 }
 
-// VXLAN is a network's VXLAN device, a port of its bridge, bound to the underlay's
-// link and address. The device does not learn; nor does its bridge port.
+// VXLAN is a network's VXLAN device, bound to the underlay's link and address, and a
+// port of its bridge if it has one. The device does not learn; nor does its bridge port.
 type VXLAN struct {
 	Name     string
 	Alias    string
-	Bridge   string // master
+	Bridge   string // master; empty on a routed network
 	VNI      store.VNI
 	Local    netip.Addr
 	Underlay string // link name
@@ -104,12 +111,13 @@ type VXLAN struct {
 	NoChecksum bool
 }
 
-// Veth is the host's side of an endpoint's link, a port of the bridge that does
-// not learn. The container's side is named PeerName(Name) until Docker moves it.
+// Veth is the host's side of an endpoint's link: a port of the bridge that does not
+// learn, or on a routed network a link of its own (Router). The container's side is
+// named PeerName(Name) until Docker moves it.
 type Veth struct {
 	Name   string
 	Alias  string    // holds endpoint, network, MAC and addresses
-	Bridge string    // master
+	Bridge string    // master; empty on a routed network
 	MAC    store.MAC // of the container's side, set at creation
 	MTU    int
 	Up     bool
@@ -118,11 +126,12 @@ type Veth struct {
 	Joined bool
 	// Waits: the container's side is still in the host's namespace. Read tells it; it
 	// is not compared.
-	Waits bool
+	Waits  bool
+	Router Router
 }
 
-// Neigh is a permanent neighbour entry on a bridge, from which ARP and ND are
-// answered locally.
+// Neigh is a permanent neighbour entry on a link: on a bridge, ARP is answered from it
+// locally; on others it spares the host the question.
 type Neigh struct {
 	Link string
 	IP   netip.Addr
@@ -152,7 +161,7 @@ type Set struct {
 // comment "weft <hash> <i>/<n>", by which it is recognised: rules are never parsed
 // back. Make one with NewChain; Kernel.Read fills Hash alone.
 type Chain struct {
-	Table string // "raw" or "filter"
+	Table string // "raw", "nat" or "filter"
 	V6    bool
 	Name  string
 	Hash  string // of the rules, 12 hex digits
@@ -234,8 +243,8 @@ func (o Bridge) String() string {
 }
 
 func (o VXLAN) String() string {
-	s := fmt.Sprintf("link %s vxlan id %d local %s dev %s dstport %d master %s mac %s mtu %d %s",
-		o.Name, o.VNI, o.Local, o.Underlay, o.Port, o.Bridge, o.MAC, o.MTU, updown(o.Up))
+	s := fmt.Sprintf("link %s vxlan id %d local %s dev %s dstport %d%s mac %s mtu %d %s",
+		o.Name, o.VNI, o.Local, o.Underlay, o.Port, master(o.Bridge), o.MAC, o.MTU, updown(o.Up))
 	if o.Suppress {
 		s += " neigh_suppress on"
 	}
@@ -246,11 +255,21 @@ func (o VXLAN) String() string {
 }
 
 func (o Veth) String() string {
-	s := fmt.Sprintf("link %s veth master %s mac %s mtu %d %s", o.Name, o.Bridge, o.MAC, o.MTU, updown(o.Up))
+	s := fmt.Sprintf("link %s veth%s mac %s mtu %d %s", o.Name, master(o.Bridge), o.MAC, o.MTU, updown(o.Up))
+	if o.Router != (Router{}) {
+		s += " " + o.Router.String()
+	}
 	if o.Joined {
 		s += " joined"
 	}
 	return s + fmt.Sprintf(" alias %q", o.Alias)
+}
+
+func master(bridge string) string {
+	if bridge == "" {
+		return ""
+	}
+	return " master " + bridge
 }
 
 func updown(up bool) string {
@@ -316,7 +335,7 @@ func (p Plan) Sorted() []Object {
 }
 
 func compareKeys(a, b Key) int {
-	return cmp.Or(int(a.Kind)-int(b.Kind), cmp.Compare(a.Name, b.Name), bytes.Compare(a.MAC[:], b.MAC[:]), a.IP.Compare(b.IP), bit(a.Master)-bit(b.Master))
+	return cmp.Or(int(a.Kind)-int(b.Kind), cmp.Compare(a.Name, b.Name), bytes.Compare(a.MAC[:], b.MAC[:]), a.IP.Compare(b.IP), int(a.Bits)-int(b.Bits), bit(a.Master)-bit(b.Master))
 }
 
 // String prints the plan, one object a line.

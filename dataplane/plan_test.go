@@ -162,10 +162,15 @@ func nextIsDelete(ops []Op, op Op) bool {
 func TestAliasesRoundTrip(t *testing.T) {
 	_, s := readScene(t, "testdata/dualstack.txtar")
 	want := *s.Snapshot.Network
-	got, ok := ParseNetworkAlias(NetworkAlias(want))
-	if !ok || got.ID != want.ID || got.VNI != want.VNI || got.MTU != want.MTU || got.Internal != want.Internal ||
-		!slices.EqualFunc(got.Subnets, want.Subnets, func(a, b store.Subnet) bool { return a.Pool == b.Pool && a.Gateway == b.Gateway }) {
-		t.Errorf("network %+v came back as %+v", want, got)
+	routed, bare := want, want
+	routed.Mode, bare.Mode = store.ModeRouted, store.ModeRouted
+	bare.NoMasquerade, bare.Internal = true, false
+	for _, want := range []store.Network{want, routed, bare} {
+		got, ok := ParseNetworkAlias(NetworkAlias(want))
+		if !ok || got.ID != want.ID || got.VNI != want.VNI || got.MTU != want.MTU || got.Internal != want.Internal || got.Mode != want.Mode || got.NoMasquerade != want.NoMasquerade ||
+			!slices.EqualFunc(got.Subnets, want.Subnets, func(a, b store.Subnet) bool { return a.Pool == b.Pool && a.Gateway == b.Gateway }) {
+			t.Errorf("network %+v came back as %+v", want, got)
+		}
 	}
 	for _, e := range s.Snapshot.Endpoints {
 		got, ok := ParseEndpointAlias(EndpointAlias(e))

@@ -9,9 +9,6 @@ import (
 	"github.com/weftnet/weft/store"
 )
 
-// ModeVXLAN is the default datapath: a bridge and a VXLAN device per network.
-const ModeVXLAN = "vxlan"
-
 // Names of what the host holds once, for all networks.
 const (
 	setPeers4    = "weft-peers4"
@@ -20,6 +17,8 @@ const (
 	chainOutput  = "WEFT-OUTPUT"
 	chainInput   = "WEFT-INPUT"
 	chainForward = "WEFT-FORWARD"
+	chainPostrt  = "WEFT-POSTROUTING"
+	chainPorts   = "WEFT-PORTS"
 )
 
 // minMTU is the smallest MTU that IPv4 allows (RFC 791).
@@ -34,13 +33,24 @@ func Overhead(underlay netip.Addr) int {
 	return 50
 }
 
-// MTU returns the MTU of a network's interfaces in bytes: the explicit one, else
-// what the underlay leaves, else Ethernet's minus the overhead.
+// MTU returns the MTU of a network's interfaces in bytes: the explicit one, else what
+// the underlay leaves to a VXLAN device, else Ethernet's minus the overhead. That of a
+// routed network is the underlay's: where the way to a peer is a tunnel, the host tells
+// senders what fits (ICMP), as any router.
 func MTU(n store.Network, u Underlay) int {
 	switch {
 	case n.MTU != 0:
 		return n.MTU
-	case u.MTU > Overhead(u.Address)+minMTU:
+	case n.Mode == store.ModeRouted && u.MTU > minMTU:
+		return u.MTU
+	case n.Mode == store.ModeRouted:
+		return 1500
+	}
+	return tunnelMTU(u)
+}
+
+func tunnelMTU(u Underlay) int {
+	if u.MTU > Overhead(u.Address)+minMTU {
 		return u.MTU - Overhead(u.Address)
 	}
 	return 1500 - Overhead(u.Address)
@@ -55,7 +65,11 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 		return p, nil
 	}
 	n := *s.Network
-	if n.Mode != ModeVXLAN {
+	if n.Mode == store.ModeRouted {
+		planRouted(p, s, u)
+		return p, nil
+	}
+	if n.Mode != store.ModeVXLAN {
 		return nil, fmt.Errorf("network %s: mode %q is not known to this version", n.ID, n.Mode)
 	}
 	bridge, mtu := BridgeName(n.VNI), MTU(n, u)
@@ -88,10 +102,7 @@ func planEndpoint(p Plan, e store.Endpoint, bridge string, mtu int) {
 // host id: the same on every host, whatever the order of arrival.
 func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
 	vtep, dead := map[store.HostID]netip.Addr{}, map[store.HostID]bool{}
-	for _, peer := range s.Peers {
-		if peer.Address == u.Address || peer.Address.Is4() != u.Address.Is4() {
-			continue // cannot be reached from this address
-		}
+	for _, peer := range reachable(s, u) {
 		vtep[peer.ID] = peer.Address
 		dead[peer.ID] = !peer.DeadSince.IsZero()
 		p.Add(FDB{Link: vx, Dst: peer.Address})
@@ -102,12 +113,7 @@ func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
 			mac[e.MAC], ip[e.IPv4.Addr()], ip[e.IPv6.Addr()] = true, true, true
 		}
 	}
-	remote := s.Remote // sorted by owner
-	if slices.ContainsFunc(remote, func(e store.RemoteEndpoint) bool { return dead[e.Owner] }) {
-		remote = slices.Clone(remote)
-		slices.SortStableFunc(remote, func(a, b store.RemoteEndpoint) int { return bit(dead[a.Owner]) - bit(dead[b.Owner]) })
-	}
-	for _, e := range remote {
+	for _, e := range byClaim(s.Remote, dead) {
 		dst, ok := vtep[e.Owner]
 		if !ok || mac[e.MAC] || e.MAC.IsZero() || ip[e.IPv4] && e.IPv4.IsValid() || ip[e.IPv6] && e.IPv6.IsValid() {
 			continue
@@ -126,6 +132,21 @@ func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
 			}
 		}
 	}
+}
+
+// reachable returns the peers that can be reached from the underlay's address.
+func reachable(s store.Snapshot, u Underlay) []store.Peer {
+	return slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool { return p.Address == u.Address || p.Address.Is4() != u.Address.Is4() })
+}
+
+// byClaim returns the endpoints of peers, sorted by owner, with those of dead ones last.
+func byClaim(remote []store.RemoteEndpoint, dead map[store.HostID]bool) []store.RemoteEndpoint {
+	if !slices.ContainsFunc(remote, func(e store.RemoteEndpoint) bool { return dead[e.Owner] }) {
+		return remote
+	}
+	remote = slices.Clone(remote)
+	slices.SortStableFunc(remote, func(a, b store.RemoteEndpoint) int { return bit(dead[a.Owner]) - bit(dead[b.Owner]) })
+	return remote
 }
 
 // PlanHost returns what the kernel must hold once for all networks: the set of
@@ -149,8 +170,9 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 	p.Add(peerSet(setPeers4, false, peers4))
 	p.Add(peerSet(setPeers6, true, peers6))
 	for _, v6 := range []bool{false, true} {
-		planGuard(p, v6, s.Self.DataPort, u)
-		planForward(p, v6, s.Networks)
+		planGuard(p, v6, s, u)
+		planForward(p, v6, s.Networks, u)
+		planRouter(p, v6, s)
 	}
 	return p
 }
@@ -163,12 +185,12 @@ func peerSet(name string, v6 bool, members []string) Set {
 // planGuard lets VXLAN in only from known peers on the underlay's link. It stands
 // twice, in raw and in filter, so that it holds while either table is flushed; raw
 // also keeps the tunnel out of connection tracking.
-func planGuard(p Plan, v6 bool, port uint16, u Underlay) {
+func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 	set := setPeers4
 	if v6 {
 		set = setPeers6
 	}
-	vxlan := fmt.Sprintf("-p udp -m udp --dport %d", port)
+	vxlan := fmt.Sprintf("-p udp -m udp --dport %d", s.Self.DataPort)
 	var trusted []string
 	if u.Address.IsValid() && u.Address.Is6() == v6 {
 		trusted = []string{fmt.Sprintf("-i %s %s -m set --match-set %s src", u.Link, vxlan, set)}
@@ -182,6 +204,9 @@ func planGuard(p Plan, v6 bool, port uint16, u Underlay) {
 	// and with br_netfilter raw sees their frames too. Those need no connection
 	// tracking either: nothing inside a network is translated.
 	raw = append(raw, vxlan+" -m addrtype ! --dst-type UNICAST -j DROP", "-i "+bridgePrefix+"+ -j CT --notrack")
+	if len(routedNetworks(v6, s.Networks)) > 0 {
+		raw = append(raw, routedGuard(v6)...)
+	}
 	in = append(in, vxlan+" -j DROP", "-i "+bridgePrefix+"+ -j DROP")
 	p.Add(NewChain("raw", v6, chainPrerout, raw...))
 	p.Add(NewChain("raw", v6, chainOutput, vxlan+" -j CT --notrack"))
@@ -194,14 +219,17 @@ func planGuard(p Plan, v6 bool, port uint16, u Underlay) {
 // planForward lets each network talk within itself, also where Docker's FORWARD
 // policy is DROP and br_netfilter shows bridged frames to iptables, and keeps
 // everything else off the bridges.
-func planForward(p Plan, v6 bool, networks []store.Network) {
+func planForward(p Plan, v6 bool, networks []store.Network, u Underlay) {
 	var rules []string
 	for _, n := range networks {
-		b := BridgeName(n.VNI)
-		rules = append(rules, fmt.Sprintf("-i %s -o %s -j ACCEPT", b, b))
+		if n.Mode == store.ModeVXLAN {
+			b := BridgeName(n.VNI)
+			rules = append(rules, fmt.Sprintf("-i %s -o %s -j ACCEPT", b, b))
+		}
 	}
 	slices.Sort(rules)
 	rules = append(rules, "-i "+bridgePrefix+"+ -j DROP", "-o "+bridgePrefix+"+ -j DROP")
+	rules = append(rules, routedForward(v6, networks, u)...)
 	p.Add(NewChain("filter", v6, chainForward, rules...))
 	p.Add(Jump{"filter", v6, "FORWARD", chainForward})
 }

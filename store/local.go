@@ -88,6 +88,9 @@ func (tx *Tx) PutEndpoint(e Endpoint) (Endpoint, error) {
 		return e, err
 	}
 	e.Seq = seq
+	if old, err := tx.Endpoint(e.Network, e.ID); len(e.Ports) > 0 || err == nil && len(old.Ports) > 0 {
+		tx.touch(HostVNI) // the host's rules tell of them
+	}
 	return e, put(tx, bucketEndpoints, endpointKey(e.Network, e.ID), e)
 }
 
@@ -103,6 +106,9 @@ func (tx *Tx) DeleteEndpoint(n NetworkID, id EndpointID) error {
 	seq, err := tx.bump(e.VNI)
 	if err != nil {
 		return err
+	}
+	if len(e.Ports) > 0 {
+		tx.touch(HostVNI)
 	}
 	gone := tx.tx.Bucket(bucketGone)
 	if err := gone.Put(goneKey(e.VNI, seq), []byte(id)); err != nil {

@@ -93,6 +93,13 @@ type Peer struct {
 	Networks uint64 `json:"networks,omitempty"`
 }
 
+// Modes of a network. VXLAN is the default: a bridge and a VXLAN device per network.
+// On a routed network each endpoint's link is a router's port.
+const (
+	ModeVXLAN  = "vxlan"
+	ModeRouted = "routed"
+)
+
 // Subnet is one address range of a network, with the addresses that no endpoint
 // may have. Both families use it.
 type Subnet struct {
@@ -104,15 +111,17 @@ type Subnet struct {
 // Network is a network on this host, as Docker asked for it. The owner is this
 // host: on another host the same network (same VNI) has a record of its own.
 type Network struct {
-	ID       NetworkID         `json:"id"`
-	VNI      VNI               `json:"vni"`
-	Mode     string            `json:"mode"`          // "vxlan"
-	MTU      int               `json:"mtu,omitempty"` // bytes; 0 means underlay minus overhead
-	Internal bool              `json:"internal,omitempty"`
-	Subnets  []Subnet          `json:"subnets"`
-	Ifname   string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
-	Options  map[string]string `json:"options,omitempty"` // the -o options as given
-	Meet     []netip.Addr      `json:"meet,omitempty"`    // hosts to meet
+	ID       NetworkID `json:"id"`
+	VNI      VNI       `json:"vni"`
+	Mode     string    `json:"mode"`          // "vxlan" or "routed"
+	MTU      int       `json:"mtu,omitempty"` // bytes; 0 means underlay minus overhead
+	Internal bool      `json:"internal,omitempty"`
+	Subnets  []Subnet  `json:"subnets"`
+	// NoMasquerade: what leaves a network whose gateway is ours keeps its address.
+	NoMasquerade bool              `json:"noMasquerade,omitempty"`
+	Ifname       string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
+	Options      map[string]string `json:"options,omitempty"` // the -o options as given
+	Meet         []netip.Addr      `json:"meet,omitempty"`    // hosts to meet
 	// Term of Swarm in which Docker last created it here (driver.Config); 0 elsewhere.
 	Term uint64 `json:"term,omitempty"`
 	// Key is known to the hosts that may run the network, 32 bytes, or nil: then
@@ -127,6 +136,16 @@ func (n Network) Prefixes() []netip.Prefix {
 		out = append(out, s.Pool)
 	}
 	return out
+}
+
+// GatewayOf returns the gateway of the subnet that has the address, or the zero Addr.
+func (n Network) GatewayOf(a netip.Addr) netip.Addr {
+	for _, s := range n.Subnets {
+		if s.Pool.Contains(a) {
+			return s.Gateway
+		}
+	}
+	return netip.Addr{}
 }
 
 // Shared returns the part of the network that all hosts must agree on.
@@ -190,7 +209,32 @@ type Endpoint struct {
 	Created time.Time         `json:"created"`           // for people; nothing is decided by it
 	Ifname  string            `json:"ifname,omitempty"`
 	Options map[string]string `json:"options,omitempty"` // per-endpoint options as given
+	Ports   []Port            `json:"ports,omitempty"`   // published, where the gateway is ours
 	Seq     uint64            `json:"seq"`               // version of the network at the last change
+}
+
+// Port is a port of an endpoint that is published on a port of the host.
+type Port struct {
+	Proto    string     `json:"proto"`           // "tcp", "udp" or "sctp"
+	Port     uint16     `json:"port"`            // of the endpoint
+	HostIP   netip.Addr `json:"hostIP,omitzero"` // zero: all addresses of the host
+	HostPort uint16     `json:"hostPort"`
+}
+
+// String is as docker ps has it: 0.0.0.0:8080->80/tcp.
+func (p Port) String() string {
+	host := "0.0.0.0"
+	if p.HostIP.Is6() {
+		host = "[" + p.HostIP.String() + "]"
+	} else if p.HostIP.IsValid() {
+		host = p.HostIP.String()
+	}
+	return fmt.Sprintf("%s:%d->%d/%s", host, p.HostPort, p.Port, p.Proto)
+}
+
+// Overlaps reports whether two cannot be published on one host.
+func (p Port) Overlaps(o Port) bool {
+	return p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostIP == o.HostIP || !p.HostIP.IsValid() || !o.HostIP.IsValid())
 }
 
 // Shared returns the part of the endpoint that peers need.

@@ -23,6 +23,9 @@ type HostSnapshot struct {
 	Self     Host
 	Networks []Network
 	Peers    []Peer // that run one of the networks and are not hidden
+	// Published are this host's endpoints with published ports, sorted by id, but for
+	// those that have left.
+	Published []Endpoint
 }
 
 // Snapshot returns the copy for one network.
@@ -81,6 +84,13 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 	err := db.View(func(tx *Tx) (err error) {
 		if s.Networks, err = tx.Networks(); err != nil {
 			return err
+		}
+		if slices.ContainsFunc(s.Networks, func(n Network) bool { return n.Mode == ModeRouted }) {
+			all, err := tx.AllEndpoints()
+			if err != nil {
+				return err
+			}
+			s.Published = slices.DeleteFunc(all, func(e Endpoint) bool { return e.Left || len(e.Ports) == 0 })
 		}
 		return tx.ofPeers(func(p Peer, r *peerRecords) {
 			if !p.Hidden && slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return runsOne(s.Networks, o) }) {

@@ -58,12 +58,16 @@ var wrong = netip.IPv4Unspecified()
 // readEntries adds the forwarding entries and neighbours of a network's links.
 func (k *Kernel) readEntries(p dataplane.Plan, links []*link, v store.VNI) error {
 	own := map[int32]*link{}
+	alone := map[int32]*link{} // no bridge's ports
 	var bridges, tunnels []*link
 	for _, l := range links {
 		if n, ok := l.vni(); !ok || n != v {
 			continue
 		}
 		own[l.index] = l
+		if l.master == 0 && l.kind != "bridge" {
+			alone[l.index] = l
+		}
 		switch l.kind {
 		case "bridge":
 			bridges = append(bridges, l)
@@ -75,8 +79,13 @@ func (k *Kernel) readEntries(p dataplane.Plan, links []*link, v store.VNI) error
 		if err := k.readFDB(p, own, b.index, 0); err != nil {
 			return fmt.Errorf("list forwarding entries of %s: %w", b.name, err)
 		}
-		if err := k.readNeighs(p, b); err != nil {
+		if err := k.readNeighs(p, b.index, map[int32]*link{b.index: b}); err != nil {
 			return fmt.Errorf("list neighbours of %s: %w", b.name, err)
+		}
+	}
+	if len(alone) > 0 {
+		if err := k.readNeighs(p, 0, alone); err != nil {
+			return fmt.Errorf("list neighbours: %w", err)
 		}
 	}
 	for _, t := range tunnels {
@@ -139,10 +148,14 @@ func addTunnelEntry(p dataplane.Plan, l *link, e entry) {
 	p.Add(o)
 }
 
-func (k *Kernel) readNeighs(p dataplane.Plan, bridge *link) error {
+// readNeighs adds the neighbours on links of ours, asked for on one of them, or with 0
+// on all at once.
+func (k *Kernel) readNeighs(p dataplane.Plan, only int32, own map[int32]*link) error {
 	req := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, 0)
 	req.AddData(&netlink.Ndmsg{Family: unix.AF_UNSPEC})
-	req.AddData(nl.NewRtAttr(unix.NDA_IFINDEX, nl.Uint32Attr(uint32(bridge.index))))
+	if only != 0 {
+		req.AddData(nl.NewRtAttr(unix.NDA_IFINDEX, nl.Uint32Attr(uint32(only))))
+	}
 	msgs, err := k.route.dump(req)
 	if err != nil {
 		return err
@@ -152,11 +165,15 @@ func (k *Kernel) readNeighs(p dataplane.Plan, bridge *link) error {
 		e, ok := parseEntry(m)
 		// Multicast entries are the kernel's own; one that is not valid
 		// answers nobody.
-		if !ok || e.index != bridge.index || !e.dst.IsValid() || e.dst.IsMulticast() || e.state&valid == 0 {
+		l := own[e.index]
+		if !ok || l == nil || !e.dst.IsValid() || e.dst.IsMulticast() || e.state&valid == 0 {
 			continue
 		}
-		o := dataplane.Neigh{Link: bridge.name, IP: e.dst, MAC: e.mac}
+		o := dataplane.Neigh{Link: l.name, IP: e.dst, MAC: e.mac}
 		if e.state&unix.NUD_PERMANENT == 0 {
+			if l.kind == "veth" && e.dst.IsLinkLocalUnicast() {
+				continue // the container's own, which it makes itself
+			}
 			o.MAC = store.MAC{} // learned; nobody wants that
 		}
 		p.Add(o)

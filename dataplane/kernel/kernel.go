@@ -9,6 +9,8 @@
 //	kernel.go    Read, Apply, Recover
 //	netlink.go   the socket: batches, dumps
 //	link.go      links as the kernel tells them; linkput.go makes, linkgone.go removes them
+//	router.go    what makes a link a router's port
+//	route.go     routes of our table and the rules that lead to it
 //	entry.go     forwarding entries and neighbours
 //	set.go       sets
 //	rules.go     chains and jumps as iptables-save tells them; restore.go writes them
@@ -56,6 +58,7 @@ type Kernel struct {
 	cfg    Config
 	log    *slog.Logger
 	route  *conn // rtnetlink
+	strict *conn // rtnetlink that filters dumps
 	filter *conn // nfnetlink
 	handle *netlink.Handle
 	tool   *ethtool.Ethtool
@@ -91,6 +94,11 @@ func New(cfg Config) (_ *Kernel, err error) {
 	if k.route, err = dial(unix.NETLINK_ROUTE); err != nil {
 		return nil, fmt.Errorf("open rtnetlink: %w", err)
 	}
+	if k.strict, err = dial(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("open rtnetlink: %w", err)
+	}
+	// Without it (before Linux 4.20) all tables come, and parseRoute sorts them out.
+	_ = unix.SetsockoptInt(k.strict.fd, unix.SOL_NETLINK, unix.NETLINK_GET_STRICT_CHK, 1)
 	if k.filter, err = dial(unix.NETLINK_NETFILTER); err != nil {
 		return nil, fmt.Errorf("open nfnetlink: %w", err)
 	}
@@ -113,6 +121,9 @@ func New(cfg Config) (_ *Kernel, err error) {
 func (k *Kernel) Close() {
 	if k.route != nil {
 		k.route.close()
+	}
+	if k.strict != nil {
+		k.strict.close()
 	}
 	if k.filter != nil {
 		k.filter.close()
@@ -145,8 +156,17 @@ func (k *Kernel) Read(ctx context.Context, v store.VNI) (dataplane.Plan, error) 
 		return nil, err
 	}
 	p := dataplane.Plan{}
-	k.readLinks(p, links, v)
+	if err := k.readLinks(p, links, v); err != nil {
+		return nil, err
+	}
 	if err := k.readEntries(p, links, v); err != nil {
+		return nil, err
+	}
+	names := map[int32]string{}
+	for _, l := range links {
+		names[l.index] = l.name
+	}
+	if err := k.readRoutes(p, names, v); err != nil {
 		return nil, err
 	}
 	return p, nil
@@ -160,6 +180,9 @@ func (k *Kernel) readHost(ctx context.Context) (dataplane.Plan, error) {
 	if err := k.rules.read(ctx, p); err != nil {
 		return nil, err
 	}
+	if err := k.readRules(p); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -167,10 +190,11 @@ func (k *Kernel) readHost(ctx context.Context) (dataplane.Plan, error) {
 type class int
 
 const (
-	classSet class = iota
+	classSet class = iota // and routing rules: one by one
 	classRule
 	classLink
 	classLinkGone
+	classRoute
 	classEntry
 )
 
@@ -180,8 +204,12 @@ func classOf(o dataplane.Op) class {
 		return classSet
 	case dataplane.Chain, dataplane.Jump:
 		return classRule
+	case dataplane.Route:
+		return classRoute
 	case dataplane.Neigh, dataplane.FDB:
 		return classEntry
+	case dataplane.RouteRule:
+		return classSet
 	}
 	if o.Verb == dataplane.Delete {
 		return classLinkGone
@@ -242,6 +270,8 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 		return k.rules.apply(ctx, ops)
 	case classLinkGone:
 		return k.deleteLinks(ops)
+	case classRoute:
+		return k.applyRoutes(ops)
 	case classEntry:
 		return k.applyEntries(ops, later)
 	}
@@ -252,6 +282,8 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 		switch o := op.Object.(type) {
 		case dataplane.Set:
 			errs[i] = k.applySet(ctx, op.Verb, o)
+		case dataplane.RouteRule:
+			errs[i] = k.applyRule(ctx, op.Verb, o)
 		case dataplane.Bridge:
 			errs[i] = k.putBridge(o)
 		case dataplane.VXLAN:
@@ -288,6 +320,15 @@ func (k *Kernel) Networks(ctx context.Context) ([]store.VNI, error) {
 	for _, l := range links {
 		if v, ok := l.vni(); ok {
 			out = append(out, v)
+		}
+	}
+	routes, err := k.routes()
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range routes {
+		if !r.odd {
+			out = append(out, store.VNI(r.metric))
 		}
 	}
 	slices.Sort(out)

@@ -17,9 +17,13 @@ import (
 // Positions in the arrays of settings that a link message carries
 // (include/uapi/linux/ip.h, counted from 1, and ipv6.h, from 0).
 const (
-	ipv4RPFilter    = 8
-	ipv4ARPIgnore   = 19
-	ipv6DisableIPv6 = 26
+	ipv4Forwarding    = 1
+	ipv4SendRedirects = 6
+	ipv4RPFilter      = 8
+	ipv4ARPIgnore     = 19
+	ipv4RouteLocalnet = 26
+	ipv6Forwarding    = 0
+	ipv6DisableIPv6   = 26
 
 	inetConf    = 1 // IFLA_INET_CONF
 	inet6Conf   = 2 // IFLA_INET6_CONF
@@ -46,6 +50,10 @@ type link struct {
 	tunnel tunnel
 	// closed4 and closed6: the host's stack takes nothing from the link.
 	closed4, closed6 bool
+	// router4 and forward6: the host's stack takes from the link what has a way back
+	// there, and forwards it.
+	router4, forward6 bool
+	localnet          bool // packets to and from 127.0.0.0/8 pass
 }
 
 // port is the part of a link that is a port of a bridge.
@@ -213,8 +221,11 @@ func (l *link) parseSettings(b []byte) {
 			switch {
 			case family == unix.AF_INET && t == inetConf:
 				l.closed4 = at(ipv4RPFilter-1) == 1 && at(ipv4ARPIgnore-1) == 1
+				l.localnet = at(ipv4RouteLocalnet-1) != 0
+				l.router4 = at(ipv4RPFilter-1) == 1 && at(ipv4Forwarding-1) == 1 && at(ipv4SendRedirects-1) == 0
 			case family == unix.AF_INET6 && t == inet6Conf:
 				l.closed6 = at(ipv6DisableIPv6) == 1
+				l.forward6 = at(ipv6Forwarding) != 0
 			}
 		}
 	}
@@ -223,7 +234,8 @@ func (l *link) parseSettings(b []byte) {
 // readLinks adds the links of a network to p. Settings that a Plan has no field
 // for are reported in a field that they spoil, in words, so that the object
 // differs from what is wanted.
-func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) {
+func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
+	own := map[int32][]address{} // of links that are no ports; read once, if there are any
 	byIndex := map[int32]*link{}
 	for _, l := range links {
 		byIndex[l.index] = l
@@ -248,9 +260,27 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) {
 				Bridge:   spoil(name(l.master), map[string]bool{"learning": l.port.learning}),
 				MTU:      l.mtu, MAC: l.mac, Up: l.up, Suppress: l.port.suppress, NoChecksum: !k.offloads(l.name)})
 		case "veth":
-			p.Add(readVeth(l, byIndex[l.lower], name(l.master)))
+			o := readVeth(l, byIndex[l.lower], name(l.master))
+			if l.master == 0 {
+				if len(own) == 0 {
+					all, err := k.addresses(0)
+					if err != nil {
+						return err
+					}
+					own[0] = nil
+					for _, a := range all {
+						own[a.link] = append(own[a.link], a)
+					}
+				}
+				r, odd := gateways(own[l.index])
+				r.Local = l.localnet
+				r.On = !odd && l.mac == dataplane.RouterMAC && l.router4 && (l.forward6 || !r.Gateway6.IsValid())
+				o.Router = r
+			}
+			p.Add(o)
 		}
 	}
+	return nil
 }
 
 func readVeth(l, peer *link, bridge string) dataplane.Veth {

@@ -192,8 +192,11 @@ func (k *Kernel) disableIPv6(name string) {
 	}
 }
 
-// bridgeIndex returns the index of a bridge of ours, to attach a port.
+// bridgeIndex returns the index of a bridge of ours, to attach a port, or 0 for none.
 func (k *Kernel) bridgeIndex(name string) (int32, error) {
+	if name == "" {
+		return 0, nil
+	}
 	l, err := k.own(name)
 	if err != nil {
 		return 0, err
@@ -216,6 +219,10 @@ func (k *Kernel) putVXLAN(o dataplane.VXLAN) error {
 	if err != nil {
 		return err
 	}
+	var flags *nl.RtAttr
+	if o.Bridge != "" {
+		flags = portAttr(o.Suppress)
+	}
 	l, err := k.ownKind(o.Name, "vxlan")
 	if err != nil {
 		return err
@@ -224,7 +231,7 @@ func (k *Kernel) putVXLAN(o dataplane.VXLAN) error {
 	if l != nil && l.tunnel != want {
 		return k.replaceVXLAN(o)
 	}
-	more := []*nl.RtAttr{aliasAttr(o.Alias), portAttr(o.Suppress)}
+	more := []*nl.RtAttr{aliasAttr(o.Alias), flags}
 	if l == nil {
 		err = k.build(o.Name, create(o.Name, "vxlan", tunnelData(o, under.index), macAttr(o.MAC), mtuAttr(o.MTU), masterAttr(bridge)),
 			change(o.Name, more...))
@@ -313,7 +320,13 @@ func (k *Kernel) putVeth(o dataplane.Veth) error {
 	if err != nil {
 		return err
 	}
-	more := []*nl.RtAttr{aliasAttr(o.Alias), portAttr(false)}
+	more := []*nl.RtAttr{aliasAttr(o.Alias)}
+	if o.Bridge != "" {
+		more = append(more, portAttr(false))
+	}
+	if o.Router.On {
+		more = append(more, macAttr(dataplane.RouterMAC))
+	}
 	if l == nil {
 		if o.Joined {
 			return fmt.Errorf("link %s: %w, and cannot be made again since its other side was given to a container; restart the container", o.Name, errNoLink)
@@ -325,13 +338,23 @@ func (k *Kernel) putVeth(o dataplane.Veth) error {
 		if err != nil {
 			return err
 		}
-		return k.raise(o.Name, false, o.Up)
+		return k.raiseVeth(o)
 	}
 	if err := k.setPeer(o, l); err != nil {
 		return err
 	}
 	if err := k.route.do(change(o.Name, masterAttr(bridge)), change(o.Name, append(more, mtuAttr(o.MTU))...)); err != nil {
 		return err
+	}
+	return k.raiseVeth(o)
+}
+
+// raiseVeth sets the link up; a router's port gets what makes it one before.
+func (k *Kernel) raiseVeth(o dataplane.Veth) error {
+	if o.Router.On {
+		if err := k.putRouter(o.Name, o.Router); err != nil {
+			return err
+		}
 	}
 	return k.raise(o.Name, false, o.Up)
 }

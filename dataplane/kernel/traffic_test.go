@@ -65,7 +65,7 @@ func (m *machine) endpoint(i int) {
 // program makes the kernel hold what the planner says, given all machines.
 func (m *machine) program(t *testing.T, all ...*machine) {
 	t.Helper()
-	n := store.Network{ID: "net", VNI: trafficVNI, Mode: dataplane.ModeVXLAN}
+	n := store.Network{ID: "net", VNI: trafficVNI, Mode: store.ModeVXLAN}
 	s := store.Snapshot{VNI: trafficVNI, Self: m.self, Network: &n, Endpoints: m.endpoints}
 	for _, o := range all {
 		if o == m {

@@ -53,6 +53,15 @@ func (k *Kernel) Underlay(ctx context.Context, want netip.Addr) (dataplane.Under
 	}
 	l := links[at]
 	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu}
+	own, err := k.addresses(index)
+	if err != nil {
+		return dataplane.Underlay{}, err
+	}
+	for _, a := range own {
+		if a.prefix.Addr() == addr {
+			u.Prefix = a.prefix.Masked()
+		}
+	}
 	u.NoChecksum, u.Reason = k.checksum(links, l)
 	return u, nil
 }

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"os"
 	"runtime"
@@ -30,7 +31,8 @@ func (k *Kernel) Watch(ctx context.Context) <-chan store.VNI {
 	w := &watch{k: k, links: map[int32]seen{}, events: make(chan []store.VNI), done: ctx.Done()}
 	out := make(chan store.VNI)
 	w.listen(ctx, unix.NETLINK_ROUTE, w.routeEvent, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR,
-		unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF)
+		unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
+		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE)
 	w.listen(ctx, unix.NETLINK_NETFILTER, ruleEvent, unix.NFNLGRP_NFTABLES)
 	go w.pollLegacy(ctx)
 	go w.collect(ctx, out)
@@ -193,14 +195,23 @@ func (w *watch) routeEvent(m message) []store.VNI {
 			return w.of(e.index, e.master)
 		}
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		if len(m.data) >= unix.SizeofIfAddrmsg && m.data[3] < unix.RT_SCOPE_LINK {
-			return []store.VNI{store.HostVNI}
+		if len(m.data) < unix.SizeofIfAddrmsg || m.data[3] >= unix.RT_SCOPE_LINK {
+			return nil
 		}
+		if own := w.of(int32(binary.NativeEndian.Uint32(m.data[4:]))); len(own) > 0 {
+			return own
+		}
+		return []store.VNI{store.HostVNI}
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		// Only default routes of the main table decide anything.
+		if r, ok := parseRoute(m.data); ok {
+			return []store.VNI{store.VNI(r.metric)}
+		}
+		// Of the others only default routes of the main table decide anything.
 		if len(m.data) >= unix.SizeofRtMsg && m.data[1] == 0 && m.data[4] == unix.RT_TABLE_MAIN {
 			return []store.VNI{store.HostVNI}
 		}
+	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
+		return []store.VNI{store.HostVNI}
 	case unix.RTM_NEWNETCONF:
 		const netconfIndex = 1 // NETCONFA_IFINDEX, behind one byte of family
 		for t, v := range attrs(m.data[min(4, len(m.data)):]) {
@@ -284,11 +295,11 @@ func ruleEvent(m message) []store.VNI {
 			}
 		}
 	}
-	if table != "filter" && table != "raw" {
+	if table != "filter" && table != "raw" && table != "nat" {
 		return nil
 	}
 	switch chain {
-	case "INPUT", "FORWARD", "OUTPUT", "PREROUTING":
+	case "INPUT", "FORWARD", "OUTPUT", "PREROUTING", "POSTROUTING":
 		return host
 	}
 	if strings.HasPrefix(chain, chainPrefix) {

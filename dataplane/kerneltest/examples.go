@@ -48,6 +48,8 @@ func (e Example) HostPlan() dataplane.Plan {
 func Examples() []Example {
 	under4 := dataplane.Underlay{Address: Underlay4, Link: UnderlayLink, MTU: UnderlayMTU}
 	under6 := dataplane.Underlay{Address: Underlay6, Link: UnderlayLink, MTU: UnderlayMTU}
+	wide4, wide6 := under4, under6 // all peers are on the link
+	wide4.Prefix, wide6.Prefix = netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")
 	v4, v6 := "10.1.0.0/24", "fd00:1::/64"
 	noCheck := under4
 	noCheck.NoChecksum, noCheck.Reason = true, "as the test has it"
@@ -65,14 +67,27 @@ func Examples() []Example {
 		{"no endpoints", empty, under4},
 		{"no checksum offload", Network(4104, 1, 1, 1, noCheck, v4), noCheck},
 		{"largest vni", Network(store.MaxVNI, 1, 1, 1, under4, v4), under4},
+		{"routed", Routed(Network(4105, 2, 2, 3, wide4, v4)), wide4},
+		{"routed through tunnels", Routed(Network(4106, 2, 2, 3, under4, v4, v6)), under4},
+		{"routed dual stack", Routed(Network(4107, 2, 2, 2, wide4, v4, v6)), wide4},
+		{"routed, ipv6 underlay", Routed(Network(4108, 2, 2, 2, under6, v4, v6)), under6},
+		{"routed, ipv6 link", Routed(Network(4109, 1, 2, 2, wide6, v4, v6)), wide6},
+		{"routed, no underlay", Routed(Network(4110, 2, 1, 1, dataplane.Underlay{}, v4)), dataplane.Underlay{}},
+		{"routed, no endpoints", Routed(Network(4111, 0, 0, 0, wide4, v4)), wide4},
 	}
+}
+
+// Routed makes the network a routed one.
+func Routed(s store.Snapshot) store.Snapshot {
+	s.Network.Mode = store.ModeRouted
+	return s
 }
 
 // Network returns a network with that many endpoints of this host, peers, and
 // endpoints of each peer.
 func Network(v store.VNI, local, peers, remote int, u dataplane.Underlay, pools ...string) store.Snapshot {
 	s := store.Snapshot{VNI: v, Self: store.Host{ID: "self", Address: u.Address, DataPort: Port}}
-	n := store.Network{ID: store.NetworkID(fmt.Sprintf("%064x", uint32(v))), VNI: v, Mode: dataplane.ModeVXLAN}
+	n := store.Network{ID: store.NetworkID(fmt.Sprintf("%064x", uint32(v))), VNI: v, Mode: store.ModeVXLAN}
 	for _, p := range pools {
 		prefix := netip.MustParsePrefix(p)
 		n.Subnets = append(n.Subnets, store.Subnet{Pool: prefix, Gateway: prefix.Addr().Next()})

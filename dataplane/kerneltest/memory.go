@@ -132,7 +132,8 @@ func (m *Memory) Networks(ctx context.Context) ([]store.VNI, error) {
 func (m *Memory) networks() []store.VNI {
 	all := map[store.VNI]bool{}
 	for k, o := range m.objects {
-		if isLink(k.Kind) && !m.foreign[k] {
+		_, route := o.(dataplane.Route)
+		if (isLink(k.Kind) || route) && !m.foreign[k] {
 			all[m.network(o)] = true
 		}
 	}
@@ -222,7 +223,14 @@ func (m *Memory) refuse(o dataplane.Object) error {
 			return fmt.Errorf("link %s cannot be made again", o.Name)
 		}
 		return m.needBridge(o.Bridge)
+	case dataplane.Route:
+		if _, there := m.port(o.Link); o.Link != "" && !m.hardware[o.Link] && !there {
+			return fmt.Errorf("link %s: no such link", o.Link)
+		}
 	case dataplane.Neigh:
+		if _, there := m.port(o.Link); there {
+			return nil
+		}
 		if err := m.needBridge(o.Link); err != nil {
 			return err
 		}
@@ -252,6 +260,9 @@ func (m *Memory) refuse(o dataplane.Object) error {
 }
 
 func (m *Memory) needBridge(name string) error {
+	if name == "" {
+		return nil
+	}
 	k := dataplane.Key{Kind: dataplane.KindBridge, Name: name}
 	if _, there := m.objects[k]; !there || m.foreign[k] {
 		return fmt.Errorf("bridge %s: no such link", name)
@@ -306,6 +317,10 @@ func (m *Memory) remove(k dataplane.Key) error {
 			if isLink(k.Kind) && other.Link == k.Name {
 				delete(m.objects, key)
 			}
+		case dataplane.Route:
+			if isLink(k.Kind) && other.Link == k.Name {
+				delete(m.objects, key)
+			}
 		case dataplane.Jump:
 			if c, ok := o.(dataplane.Chain); ok && c.Table == other.Table && c.V6 == other.V6 && c.Name == other.To {
 				delete(m.objects, key)
@@ -350,6 +365,8 @@ func (m *Memory) network(o dataplane.Object) store.VNI {
 		alias = o.Alias
 	case dataplane.Veth:
 		alias = o.Alias
+	case dataplane.Route:
+		return o.VNI
 	case dataplane.Neigh:
 		return m.networkOf(o.Link)
 	case dataplane.FDB:

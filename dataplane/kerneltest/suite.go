@@ -2,6 +2,7 @@ package kerneltest
 
 import (
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -185,11 +186,27 @@ func variants(o dataplane.Object) []dataplane.Object {
 	case dataplane.VXLAN:
 		a, b, c, d, e, f := o, o, o, o, o, o
 		a.MTU, b.Up, c.MAC, d.Port, e.Suppress, f.NoChecksum = 1300, false, mac, o.Port+1, false, !o.NoChecksum
-		out = append(out, a, b, c, d, e, f)
+		out = append(out, a, b, c, d, f)
+		if o.Suppress {
+			out = append(out, e)
+		}
 	case dataplane.Veth:
 		a, b, c := o, o, o
 		a.MTU, b.Up, c.MAC = 1300, false, mac
 		out = append(out, a, b, c)
+		if d := o; o.Router.Gateway4.IsValid() {
+			d.Router.Gateway4 = netip.MustParseAddr("203.0.113.1")
+			out = append(out, d)
+		}
+		if e := o; o.Router.Gateway6.IsValid() {
+			e.Router.Gateway6 = netip.Addr{}
+			out = append(out, e)
+		}
+	case dataplane.Route:
+		if o.Via.IsValid() && o.Via.Is4() {
+			o.Via = netip.MustParseAddr("203.0.113.9")
+			out = append(out, o)
+		}
 	case dataplane.Neigh:
 		o.MAC = mac
 		out = append(out, o)

@@ -1,0 +1,153 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft/dataplane"
+)
+
+// address is an address of a link.
+type address struct {
+	prefix netip.Prefix
+	link   int32
+}
+
+// addresses returns the addresses of one link, or of all for 0.
+func (k *Kernel) addresses(link int32) ([]address, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETADDR, 0)
+	req.AddData(nl.NewIfAddrmsg(unix.AF_UNSPEC))
+	msgs, err := k.route.dump(req)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	var out []address
+	for _, b := range msgs {
+		if len(b) < unix.SizeofIfAddrmsg {
+			continue
+		}
+		a := address{link: int32(binary.NativeEndian.Uint32(b[4:]))}
+		if link != 0 && a.link != link {
+			continue
+		}
+		var ip netip.Addr
+		for t, v := range attrs(b[unix.SizeofIfAddrmsg:]) {
+			if t == unix.IFA_LOCAL || t == unix.IFA_ADDRESS && !ip.IsValid() {
+				ip, _ = netip.AddrFromSlice(v)
+			}
+		}
+		if a.prefix = netip.PrefixFrom(ip, int(b[1])); a.prefix.IsValid() {
+			out = append(out, a)
+		}
+	}
+	return out, nil
+}
+
+// gateways are the addresses of a router's port, and whether it has others.
+func gateways(own []address) (r dataplane.Router, odd bool) {
+	for _, a := range own {
+		ip := a.prefix.Addr()
+		switch {
+		case ip.Is6() && ip.IsLinkLocalUnicast():
+		case a.prefix.Bits() != ip.BitLen():
+			odd = true
+		case ip.Is4() && !r.Gateway4.IsValid():
+			r.Gateway4 = ip
+		case ip.Is6() && !r.Gateway6.IsValid():
+			r.Gateway6 = ip
+		default:
+			odd = true
+		}
+	}
+	return r, odd
+}
+
+// putRouter makes the link a router's port. The host's IPv6 stack forwards for all
+// links or for none, so that is switched on for the host; as Docker does for its own
+// IPv6 networks.
+func (k *Kernel) putRouter(name string, r dataplane.Router) error {
+	l, err := k.link(name)
+	if err != nil {
+		return err
+	}
+	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+	conf := spec.AddRtAttr(unix.AF_INET, nil).AddRtAttr(inetConf, nil)
+	conf.AddRtAttr(ipv4RPFilter, nl.Uint32Attr(1))
+	conf.AddRtAttr(ipv4Forwarding, nl.Uint32Attr(1))
+	conf.AddRtAttr(ipv4SendRedirects, nl.Uint32Attr(0))
+	conf.AddRtAttr(ipv4RouteLocalnet, nl.Uint32Attr(bit(r.Local)))
+	if err := k.route.do(change(name, spec)); err != nil {
+		return err
+	}
+	if r.Gateway6.IsValid() && !l.forward6 {
+		k.forwardIPv6()
+	}
+	have, err := k.addresses(l.index)
+	if err != nil {
+		return err
+	}
+	for _, a := range have {
+		ip := a.prefix.Addr()
+		if ip.Is6() && ip.IsLinkLocalUnicast() || a.prefix.Bits() == ip.BitLen() && (ip == r.Gateway4 || ip == r.Gateway6) {
+			continue
+		}
+		if err := k.route.do(addressRequest(unix.RTM_DELADDR, l.index, a.prefix)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("remove address %s: %w", a.prefix, err)
+		}
+	}
+	for _, ip := range []netip.Addr{r.Gateway4, r.Gateway6} {
+		if !ip.IsValid() {
+			continue
+		}
+		if err := k.route.do(addressRequest(unix.RTM_NEWADDR, l.index, netip.PrefixFrom(ip, ip.BitLen()))); err != nil {
+			return fmt.Errorf("address %s: %w", ip, err)
+		}
+	}
+	return nil
+}
+
+func addressRequest(kind int, link int32, p netip.Prefix) *nl.NetlinkRequest {
+	flags := 0
+	if kind == unix.RTM_NEWADDR {
+		flags = unix.NLM_F_CREATE | unix.NLM_F_REPLACE
+	}
+	req := nl.NewNetlinkRequest(kind, flags)
+	family := unix.AF_INET
+	if p.Addr().Is6() {
+		family = unix.AF_INET6
+	}
+	msg := nl.NewIfAddrmsg(family)
+	msg.Prefixlen, msg.Index = uint8(p.Bits()), uint32(link)
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.IFA_LOCAL, p.Addr().AsSlice()))
+	req.AddData(nl.NewRtAttr(unix.IFA_ADDRESS, p.Addr().AsSlice()))
+	if kind == unix.RTM_NEWADDR {
+		// Every port has the same address: nobody need ask whether it is taken.
+		req.AddData(nl.NewRtAttr(unix.IFA_FLAGS, nl.Uint32Attr(unix.IFA_F_NODAD|unix.IFA_F_NOPREFIXROUTE)))
+	}
+	return req
+}
+
+// forwardIPv6 lets the host forward IPv6. A host that takes its own default route from
+// router advertisements would stop doing so unless that is allowed for routers too.
+func (k *Kernel) forwardIPv6() {
+	conf := filepath.Join(k.cfg.SysNet, "ipv6/conf")
+	links, _ := os.ReadDir(conf)
+	for _, l := range links {
+		file := filepath.Join(conf, l.Name(), "accept_ra")
+		if text, err := os.ReadFile(file); err == nil && string(text) == "1\n" {
+			_ = os.WriteFile(file, []byte("2"), 0o644)
+		}
+	}
+	err := os.WriteFile(filepath.Join(conf, "all/forwarding"), []byte("1"), 0o644)
+	if err != nil && !k.noSysctl.Swap(true) {
+		k.log.Warn("cannot let the host forward IPv6; mount the host's /proc/sys/net for Weft to write, or set net.ipv6.conf.all.forwarding=1", "path", k.cfg.SysNet, "err", err)
+	}
+}

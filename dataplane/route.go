@@ -1,0 +1,89 @@
+package dataplane
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/weftnet/weft/store"
+)
+
+// Numbers by which our routes and the rule that leads to them are told from others'.
+// They stand in a table of their own, asked before the main one, so that no route that
+// appears later takes a network's traffic elsewhere.
+const (
+	RouteTable    = 4796
+	RulePriority  = 4796
+	RouteProtocol = 119
+)
+
+// RouterMAC is the host's side of every endpoint's link on a routed network, the same
+// on all hosts.
+var RouterMAC = store.MAC{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}
+
+// Router is what makes a link a router's port: the host takes from it only what comes
+// from the endpoint's own addresses (rp_filter), forwards it, and answers for the
+// network's gateways. The zero value is none.
+type Router struct {
+	On       bool
+	Local    bool       // published ports are reached from 127.0.0.1 too (route_localnet)
+	Gateway4 netip.Addr // zero: none of this family
+	Gateway6 netip.Addr
+}
+
+func (r Router) String() string {
+	s := "router"
+	for _, a := range []netip.Addr{r.Gateway4, r.Gateway6} {
+		if a.IsValid() {
+			s += " " + a.String()
+		}
+	}
+	if r.Local {
+		s += " localnet"
+	}
+	if !r.On {
+		s += " (set up wrongly)"
+	}
+	return s
+}
+
+// RouteRule leads every packet to our table before the main one.
+type RouteRule struct{ V6 bool }
+
+// Route is a route of our table. Its metric is the VNI.
+type Route struct {
+	VNI    store.VNI
+	Prefix netip.Prefix
+	Link   string     // "": a blackhole
+	Via    netip.Addr // next hop on the link; zero: Prefix itself is there
+}
+
+func (RouteRule) object() {}
+func (Route) object()     {}
+
+// Key implements Object.
+func (o RouteRule) Key() Key { return Key{Kind: KindRule, Name: family(o.V6)} }
+
+// Key implements Object.
+func (o Route) Key() Key {
+	kind := KindRoute
+	if o.Link == "" {
+		kind = KindBlackhole
+	}
+	return Key{Kind: kind, IP: o.Prefix.Addr(), Bits: uint8(o.Prefix.Bits())}
+}
+
+func (o RouteRule) String() string {
+	return fmt.Sprintf("rule %s pref %d lookup %d", family(o.V6), RulePriority, RouteTable)
+}
+
+func (o Route) String() string {
+	s := "route blackhole " + o.Prefix.String()
+	if o.Link != "" {
+		s = "route " + o.Prefix.String()
+		if o.Via.IsValid() {
+			s += " via " + o.Via.String()
+		}
+		s += " dev " + o.Link
+	}
+	return fmt.Sprintf("%s table %d proto %d metric %d", s, RouteTable, RouteProtocol, o.VNI)
+}

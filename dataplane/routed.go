@@ -1,0 +1,244 @@
+package dataplane
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/weftnet/weft/store"
+)
+
+// planRouted adds what a routed network needs: a link per endpoint that the host
+// routes to, a route per endpoint of a peer, and under all of them a blackhole, so that
+// no packet of the network ever takes another way.
+//
+// A peer on the underlay's link is the next hop itself. Others are reached through a
+// VXLAN device that carries no frames but those between its two ends: its MAC on every
+// host follows from the host's id, so nobody need tell it.
+func planRouted(p Plan, s store.Snapshot, u Underlay) {
+	n := *s.Network
+	for _, sub := range n.Subnets {
+		p.Add(Route{VNI: n.VNI, Prefix: sub.Pool})
+	}
+	mtu := MTU(n, u)
+	taken := map[netip.Addr]bool{}
+	for _, e := range s.Endpoints {
+		if e.Left {
+			continue
+		}
+		veth := VethName(e.ID)
+		o := Veth{Name: veth, Alias: EndpointAlias(e), MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "", Router: Router{On: true, Local: len(e.Ports) > 0 && e.IPv4.IsValid()}}
+		for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
+			if !a.IsValid() {
+				continue
+			}
+			taken[a] = true
+			p.Add(Route{VNI: n.VNI, Prefix: netip.PrefixFrom(a, a.BitLen()), Link: veth})
+			p.Add(Neigh{Link: veth, IP: a, MAC: e.MAC})
+			if a.Is4() {
+				o.Router.Gateway4 = n.GatewayOf(a)
+			} else {
+				o.Router.Gateway6 = n.GatewayOf(a)
+			}
+		}
+		p.Add(o)
+	}
+	if u.Address.IsValid() {
+		planPeers(p, s, u, taken)
+	}
+}
+
+// planPeers adds the ways to the peers' endpoints. Where two records claim one address,
+// a local one wins, then a living peer's, then the lower host id.
+func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) {
+	n, vx := *s.Network, VXLANName(s.Network.VNI)
+	p.Add(VXLAN{Name: vx, Alias: NetworkAlias(n), VNI: n.VNI, Local: u.Address, Underlay: u.Link, Port: s.Self.DataPort,
+		MTU: tunnelMTU(u), MAC: tunnelMAC(s.Self.ID, vx), Up: true, NoChecksum: u.NoChecksum})
+	peers, dead := map[store.HostID]store.Peer{}, map[store.HostID]bool{}
+	for _, peer := range reachable(s, u) {
+		peers[peer.ID] = peer
+		dead[peer.ID] = !peer.DeadSince.IsZero()
+		p.Add(FDB{Link: vx, MAC: tunnelMAC(peer.ID, vx), Dst: peer.Address})
+	}
+	for _, e := range byClaim(s.Remote, dead) {
+		peer, ok := peers[e.Owner]
+		if !ok {
+			continue
+		}
+		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
+			if !a.IsValid() || taken[a] {
+				continue
+			}
+			taken[a] = true
+			r := Route{VNI: n.VNI, Prefix: netip.PrefixFrom(a, a.BitLen()), Link: u.Link, Via: peer.Address}
+			if !direct(peer, a, u) {
+				mac := tunnelMAC(peer.ID, vx)
+				r.Link, r.Via = vx, linkLocal(mac)
+				if a.Is4() && peer.Address.Is4() {
+					r.Via = peer.Address
+				}
+				p.Add(Neigh{Link: vx, IP: r.Via, MAC: mac})
+			}
+			p.Add(r)
+		}
+	}
+}
+
+// direct reports whether a peer on the same link can be the next hop to its endpoint's
+// address: an IPv4 host cannot be one for IPv6 (ip-route(8)).
+func direct(peer store.Peer, a netip.Addr, u Underlay) bool {
+	return u.Prefix.Contains(peer.Address) && a.Is4() == peer.Address.Is4()
+}
+
+// Way returns how packets go to a peer's endpoints on a routed network, in words.
+func Way(peer store.Peer, u Underlay) string {
+	if u.Prefix.IsValid() && u.Prefix.Contains(peer.Address) {
+		return "direct"
+	}
+	return store.ModeVXLAN
+}
+
+func tunnelMAC(host store.HostID, vx string) store.MAC {
+	return store.DeriveMAC("vxlan", string(host), vx)
+}
+
+// linkLocal returns the address that follows from a MAC (RFC 4291, appendix A).
+func linkLocal(m store.MAC) netip.Addr {
+	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
+}
+
+// routedNetworks returns the routed networks that have subnets of the family, by VNI.
+func routedNetworks(v6 bool, networks []store.Network) []store.Network {
+	out := slices.DeleteFunc(slices.Clone(networks), func(n store.Network) bool {
+		return n.Mode != store.ModeRouted || len(pools(v6, n)) == 0
+	})
+	slices.SortFunc(out, func(a, b store.Network) int { return int(a.VNI) - int(b.VNI) })
+	return out
+}
+
+func pools(v6 bool, n store.Network) (out []netip.Prefix) {
+	for _, s := range n.Subnets {
+		if s.Pool.Addr().Is6() == v6 {
+			out = append(out, s.Pool)
+		}
+	}
+	return out
+}
+
+// planRouter adds the rule that leads to our routes, and masquerades what leaves a
+// routed network that is not internal.
+func planRouter(p Plan, v6 bool, s store.HostSnapshot) {
+	routed := routedNetworks(v6, s.Networks)
+	if len(routed) == 0 {
+		return
+	}
+	p.Add(RouteRule{V6: v6})
+	rules := planPorts(p, v6, s.Published)
+	for _, n := range routed {
+		if n.Internal || n.NoMasquerade {
+			continue
+		}
+		for _, from := range pools(v6, n) {
+			for _, to := range pools(v6, n) {
+				rules = append(rules, fmt.Sprintf("-s %s -d %s -j RETURN", from, to))
+			}
+			rules = append(rules, fmt.Sprintf("-s %s ! -o %s+ -j MASQUERADE", from, vethPrefix))
+		}
+	}
+	p.Add(NewChain("nat", v6, chainPostrt, rules...))
+	p.Add(Jump{"nat", v6, "POSTROUTING", chainPostrt})
+}
+
+// routedGuard drops what an endpoint sends from an address that is not its own, beside
+// rp_filter, which IPv6 does not have; and what it sends to the host's loopback, which
+// is open to it where a published port is reached from 127.0.0.1.
+func routedGuard(v6 bool) []string {
+	if v6 {
+		return []string{"-i " + vethPrefix + "+ ! -s fe80::/10 -m rpfilter --invert -j DROP"}
+	}
+	return []string{"-i " + vethPrefix + "+ -d 127.0.0.0/8 -j DROP", "-i " + vethPrefix + "+ -m rpfilter --invert -j DROP"}
+}
+
+// routedForward lets the endpoints of each routed network talk among themselves, and
+// outwards if it is not internal; between networks, and to and from Docker's own
+// bridges, nothing passes.
+func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
+	routed := routedNetworks(v6, networks)
+	if len(routed) == 0 {
+		return nil
+	}
+	var rules []string
+	veths := vethPrefix + "+"
+	for _, n := range routed {
+		from := []string{veths, VXLANName(n.VNI)}
+		if u.Link != "" {
+			from = append(from, u.Link)
+		}
+		for _, a := range pools(v6, n) {
+			for _, b := range pools(v6, n) {
+				for _, in := range from {
+					rules = append(rules, fmt.Sprintf("-i %s -s %s -d %s -j ACCEPT", in, a, b))
+				}
+			}
+		}
+	}
+	rules = append(rules,
+		"-o "+veths+" -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT",
+		"-i "+veths+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+		"-o "+veths+" -j DROP",
+		"-i "+vxlanPrefix+"+ -j DROP", "-o "+vxlanPrefix+"+ -j DROP",
+		"-i "+veths+" -o docker+ -j DROP", "-i "+veths+" -o br-+ -j DROP")
+	for _, n := range routed {
+		if n.Internal {
+			continue
+		}
+		for _, a := range pools(v6, n) {
+			for _, o := range routed { // an endpoint elsewhere of another network
+				for _, b := range pools(v6, o) {
+					rules = append(rules, fmt.Sprintf("-i %s -s %s -d %s -j DROP", veths, a, b))
+				}
+			}
+			rules = append(rules, fmt.Sprintf("-i %s -s %s -j ACCEPT", veths, a))
+		}
+	}
+	return append(rules, "-i "+veths+" -j DROP")
+}
+
+// planPorts adds the chain that leads from ports of the host to endpoints, and returns
+// the rules that masquerade what would not find its way back: an endpoint that talks to
+// itself through the host's port, and what the host sends from 127.0.0.1.
+func planPorts(p Plan, v6 bool, published []store.Endpoint) (masquerade []string) {
+	var rules []string
+	for _, e := range published {
+		at := e.IPv4.Addr()
+		if v6 {
+			at = e.IPv6.Addr()
+		}
+		if !at.IsValid() {
+			continue
+		}
+		for _, port := range e.Ports {
+			to := ""
+			switch {
+			case !port.HostIP.IsValid():
+			case port.HostIP.Is6() != v6:
+				continue
+			default:
+				to = "-d " + port.HostIP.String() + " "
+			}
+			rules = append(rules, fmt.Sprintf("%s-p %s -m %s --dport %d -m addrtype --dst-type LOCAL -j DNAT --to-destination %s",
+				to, port.Proto, port.Proto, port.HostPort, netip.AddrPortFrom(at, port.Port)))
+		}
+		masquerade = append(masquerade, fmt.Sprintf("-s %s -d %s -j MASQUERADE", at, at))
+	}
+	if len(rules) == 0 {
+		return nil
+	}
+	if !v6 {
+		masquerade = append(masquerade, "-s 127.0.0.0/8 -o "+vethPrefix+"+ -j MASQUERADE")
+	}
+	p.Add(NewChain("nat", v6, chainPorts, rules...))
+	p.Add(Jump{"nat", v6, "PREROUTING", chainPorts})
+	p.Add(Jump{"nat", v6, "OUTPUT", chainPorts})
+	return masquerade
+}
