@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/netip"
 	"reflect"
@@ -51,7 +52,7 @@ type VXLAN struct {
 	Port uint16
 }
 
-// Config is what a Driver works with. All fields but Term and Refuse are needed.
+// Config is what a Driver works with. All fields but Term, Refuse and Hold are needed.
 type Config struct {
 	DB *store.DB
 	// Refuse returns why this host must not make anything new now, or nil.
@@ -64,7 +65,10 @@ type Config struct {
 	Sync   Syncer
 	Routes func(context.Context) ([]Route, error)
 	VXLANs func(context.Context) ([]VXLAN, error)
-	Log    *slog.Logger
+	// Hold binds a port of the host ("tcp", "udp", "sctp") until it is closed, so that no
+	// process takes it. nil: ports are not held.
+	Hold func(proto string, at netip.AddrPort) (io.Closer, error)
+	Log  *slog.Logger
 }
 
 // Driver answers the calls of the NetworkDriver protocol. Its methods may run at the
@@ -76,6 +80,9 @@ type Driver struct {
 	// repeated is the term in which Docker was last seen to repeat what it has, as it
 	// does when this host becomes the leader.
 	repeated atomic.Uint64
+
+	heldMu sync.Mutex // guards what follows
+	held   map[store.EndpointID][]io.Closer
 }
 
 // New returns a driver.

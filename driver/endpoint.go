@@ -187,10 +187,11 @@ func (d *Driver) Leave(ctx context.Context, r network.LeaveRequest) (struct{}, e
 		if err != nil {
 			return err
 		}
-		e.Sandbox, e.Left = "", true
+		e.Sandbox, e.Left, e.Ports = "", true, nil
 		_, err = tx.PutEndpoint(e)
 		return err
 	})
+	d.release(store.EndpointID(r.EndpointID))
 	store.FailPoint("driver.Leave.written")
 	return struct{}{}, err
 }
@@ -201,6 +202,7 @@ func (d *Driver) DeleteEndpoint(ctx context.Context, r network.DeleteEndpointReq
 	err := d.DB.Update(ctx, func(tx *store.Tx) error {
 		return tx.DeleteEndpoint(store.NetworkID(r.NetworkID), store.EndpointID(r.EndpointID))
 	})
+	d.release(store.EndpointID(r.EndpointID))
 	store.FailPoint("driver.DeleteEndpoint.written")
 	return struct{}{}, err
 }
@@ -227,6 +229,7 @@ func FailPoints() []string {
 		"driver.CreateEndpoint.before", "driver.CreateEndpoint.written", "driver.CreateEndpoint.synced",
 		"driver.Join.before", "driver.Join.written", "driver.Join.synced",
 		"driver.Leave.before", "driver.Leave.written",
+		"driver.Program.before", "driver.Program.written",
 		"driver.DeleteEndpoint.before", "driver.DeleteEndpoint.written",
 		"driver.DeleteNetwork.before", "driver.DeleteNetwork.written",
 	}

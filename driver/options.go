@@ -14,6 +14,8 @@ import (
 // settings is what the options of a network say.
 type settings struct {
 	mode     string
+	gateway  string // "docker", "weft", or "" for the mode's own
+	noMasq   bool
 	vni      store.VNI // 0: choose one
 	mtu      int       // bytes; 0: automatic
 	internal bool
@@ -35,10 +37,10 @@ type Option struct {
 // from it.
 func options() []Option {
 	return []Option{
-		{Key: "mode", Default: "vxlan", Help: "datapath between the hosts; this version has `vxlan`",
+		{Key: "mode", Default: store.ModeVXLAN, Help: "datapath between the hosts: `vxlan`, one Ethernet segment; or `routed`, without broadcast: each host routes to its containers, by plain routes to hosts on the same link, through VXLAN to others",
 			set: func(s *settings, v string) error {
-				if v != "vxlan" {
-					return fmt.Errorf("%s is not a mode of this version; use vxlan", clip(v))
+				if v != store.ModeVXLAN && v != store.ModeRouted {
+					return fmt.Errorf("%s is not a mode; use vxlan or routed", clip(v))
 				}
 				s.mode = v
 				return nil
@@ -66,12 +68,19 @@ func options() []Option {
 				s.mtu = n
 				return nil
 			}},
-		{Key: "gateway", Default: "docker", Help: "who leads out of the network; `docker`: docker_gwbridge masquerades and publishes ports",
-			set: func(_ *settings, v string) error {
-				if v != "docker" {
-					return fmt.Errorf("%s is not a gateway of this version; use docker", clip(v))
+		{Key: "gateway", Default: "`docker`; `weft` with `mode=routed`", Help: "who leads out of the network; `docker`: docker_gwbridge masquerades and publishes ports, by a second interface of each container; `weft`: the network's own gateway, on every host (only with `mode=routed`)",
+			set: func(s *settings, v string) error {
+				if v != gatewayDocker && v != gatewayWeft {
+					return fmt.Errorf("%s is not a gateway; use docker or weft", clip(v))
 				}
+				s.gateway = v
 				return nil
+			}},
+		{Key: "masquerade", Aliases: []string{"com.docker.network.bridge.enable_ip_masquerade"}, Default: "true", Help: "what leaves a network with `gateway=weft` has the host's address; false where the fabric routes back to containers",
+			set: func(s *settings, v string) error {
+				on, err := parseBool(v)
+				s.noMasq = !on
+				return err
 			}},
 		{Key: "internal", Aliases: []string{"com.docker.network.internal"}, Default: "false", Help: "no way out of the network; the same as `--internal`",
 			set: func(s *settings, v string) (err error) {
@@ -120,6 +129,12 @@ func options() []Option {
 	}
 }
 
+// Values of the option gateway.
+const (
+	gatewayDocker = "docker"
+	gatewayWeft   = "weft"
+)
+
 const (
 	keyBytes = 32 // size of a network's key
 	mostMet  = 16 // addresses of hosts to meet
@@ -155,7 +170,7 @@ func validIfname(v string, most int) bool {
 // parseOptions reads the -o options of a network. One key twice under different
 // names must say the same.
 func parseOptions(given map[string]string) (settings, error) {
-	s := settings{mode: "vxlan"}
+	s := settings{mode: store.ModeVXLAN}
 	table := options()
 	seen := map[string]string{}
 	keys := make([]string, 0, len(given))
@@ -179,7 +194,20 @@ func parseOptions(given map[string]string) (settings, error) {
 			return s, fmt.Errorf("option %s: %w", k, err)
 		}
 	}
-	return s, nil
+	return s, s.agree()
+}
+
+// agree refuses options that do not go together.
+func (s settings) agree() error {
+	switch routed := s.mode == store.ModeRouted; {
+	case routed && s.gateway == gatewayDocker:
+		return fmt.Errorf("options mode=routed and gateway=docker do not go together: a routed network has its own gateway; leave gateway out, or use mode=vxlan")
+	case !routed && s.gateway == gatewayWeft:
+		return fmt.Errorf("option gateway=weft needs mode=routed in this version; add it, or leave gateway out")
+	case !routed && s.noMasq:
+		return fmt.Errorf("option masquerade=false needs gateway=weft, which needs mode=routed: docker_gwbridge masquerades always")
+	}
+	return nil
 }
 
 // nearest names the known option whose spelling is closest, if any is close.

@@ -1,6 +1,8 @@
 package driver
 
 import (
+	"net/netip"
+
 	"github.com/docker/go-plugins-helpers/network"
 
 	"github.com/weftnet/weft/store"
@@ -51,14 +53,33 @@ func joinReply(n store.Network, e store.Endpoint) JoinResponse {
 	if prefix == "" {
 		prefix = "eth"
 	}
-	return JoinResponse{InterfaceName: InterfaceName{SrcName: store.ContainerLink(e.ID.HostLink()), DstPrefix: prefix, DstName: e.Ifname},
-		// Docker does not know of the option internal.
-		StaticRoutes: subnetRoutes(n, e), DisableGatewayService: n.Internal}
+	r := JoinResponse{InterfaceName: InterfaceName{SrcName: store.ContainerLink(e.ID.HostLink()), DstPrefix: prefix, DstName: e.Ifname},
+		DisableGatewayService: n.Internal}
+	if n.Mode != store.ModeRouted {
+		r.StaticRoutes = subnetRoutes(n, e)
+		return r
+	}
+	r.StaticRoutes = routedRoutes(n, e)
+	for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
+		switch gw := n.GatewayOf(a); {
+		case n.Internal || !gw.IsValid():
+		case gw.Is4():
+			r.Gateway = gw.String()
+		default:
+			r.GatewayIPv6 = gw.String()
+		}
+	}
+	return r
 }
+
+// Kinds of static routes (libnetwork's types.NEXTHOP and CONNECTED).
+const (
+	nextHop   = 0
+	connected = 1
+)
 
 // subnetRoutes lead to the network's other subnets, which are on the same link.
 func subnetRoutes(n store.Network, e store.Endpoint) []network.StaticRoute {
-	const connected = 1 // libnetwork's types.CONNECTED
 	var out []network.StaticRoute
 	for _, s := range n.Subnets {
 		own := e.IPv4
@@ -70,4 +91,40 @@ func subnetRoutes(n store.Network, e store.Endpoint) []network.StaticRoute {
 		}
 	}
 	return out
+}
+
+// routedRoutes lead to all of the network by its gateway. The container's address has
+// the length of its pool, so the kernel takes the whole pool to be on the link; its two
+// halves are more exact. Then the gateway is the only neighbour, and nobody need answer
+// for others.
+func routedRoutes(n store.Network, e store.Endpoint) []network.StaticRoute {
+	var direct, out []network.StaticRoute
+	for _, own := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
+		gw := n.GatewayOf(own)
+		if !gw.IsValid() {
+			continue
+		}
+		direct = append(direct, network.StaticRoute{Destination: netip.PrefixFrom(gw, gw.BitLen()).String(), RouteType: connected})
+		for _, s := range n.Subnets {
+			switch {
+			case s.Pool.Addr().Is6() != own.Is6():
+			case s.Pool.Contains(own) && s.Pool.Bits() >= own.BitLen()-1: // two addresses
+			case s.Pool.Contains(own):
+				for _, half := range halves(s.Pool) {
+					out = append(out, network.StaticRoute{Destination: half.String(), RouteType: nextHop, NextHop: gw.String()})
+				}
+			default:
+				out = append(out, network.StaticRoute{Destination: s.Pool.String(), RouteType: nextHop, NextHop: gw.String()})
+			}
+		}
+	}
+	return append(direct, out...)
+}
+
+// halves returns the two halves of a prefix.
+func halves(p netip.Prefix) [2]netip.Prefix {
+	b := p.Addr().AsSlice()
+	b[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
+	upper, _ := netip.AddrFromSlice(b)
+	return [2]netip.Prefix{netip.PrefixFrom(p.Addr(), p.Bits()+1), netip.PrefixFrom(upper, p.Bits()+1)}
 }

@@ -140,8 +140,11 @@ func (s *services) networks() ([]networkReply, error) {
 			return err
 		}
 		for _, n := range nets {
-			r := networkReply{Network: withoutKey(n), Bridge: dataplane.BridgeName(n.VNI), EffectiveMTU: dataplane.MTU(n, s.loop.Underlay()),
+			r := networkReply{Network: withoutKey(n), EffectiveMTU: dataplane.MTU(n, s.loop.Underlay()),
 				Peers: []string{}, Status: status[n.VNI]}
+			if n.Mode == store.ModeVXLAN {
+				r.Bridge = dataplane.BridgeName(n.VNI)
+			}
 			eps, err := tx.Endpoints(n.ID)
 			if err != nil {
 				return err
@@ -274,7 +277,7 @@ func (s *services) endpoints() ([]endpointReply, error) {
 			for _, e := range eps {
 				out = append(out, endpointReply{ID: e.ID, VNI: e.VNI, Network: n.ID, Host: self, Local: true,
 					State: endpointState(e, missing), MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(),
-					Link: e.ID.HostLink(), Sandbox: e.Sandbox})
+					Link: e.ID.HostLink(), Sandbox: e.Sandbox, Ports: e.Ports})
 			}
 			remote, err := tx.RemoteEndpoints(n.VNI)
 			if err != nil {
@@ -324,7 +327,7 @@ func (s *services) peers() ([]peerReply, error) {
 			return err
 		}
 		for _, p := range all {
-			r := peerReply{Peer: p, Alive: p.DeadSince.IsZero(), Networks: []store.VNI{}}
+			r := peerReply{Peer: p, Alive: p.DeadSince.IsZero(), Networks: []store.VNI{}, Way: dataplane.Way(p, s.loop.Underlay())}
 			nets, err := tx.PeerNetworks(p.ID)
 			if err != nil {
 				return err

@@ -102,6 +102,7 @@ type endpointReply struct {
 	IPv6    netip.Addr       `json:"ipv6,omitzero"`
 	Link    string           `json:"link,omitempty"` // host's side
 	Sandbox string           `json:"sandbox,omitempty"`
+	Ports   []store.Port     `json:"ports,omitempty"` // published by Weft
 }
 
 // peerReply is one entry of GET /v1/peers.
@@ -111,6 +112,7 @@ type peerReply struct {
 	InSync   bool        `json:"inSync"`
 	LastErr  string      `json:"lastErr,omitempty"`
 	Networks []store.VNI `json:"networks"`
+	Way      string      `json:"way"` // of routed networks: "direct" (a plain route) or "vxlan"
 }
 
 // poolReply is one entry of GET /v1/ipam.

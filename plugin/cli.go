@@ -40,6 +40,7 @@ func verbs() []verb {
 		{name: "status", help: "what is wrong, in words; then this host, its underlay, peers and networks", prepare: simple(status)},
 		{name: "networks", help: "networks of this host", prepare: simple(networks)},
 		{name: "endpoints", help: "endpoints in them, here and on peers", prepare: simple(endpoints)},
+		{name: "ports", help: "ports of this host that Weft publishes, on networks with its own gateway", prepare: simple(ports)},
 		{name: "peers", help: "other hosts", prepare: simple(peers)},
 		{name: "ipam", help: "address pools and their leases", prepare: simple(pools)},
 		{name: "plan", args: "NETWORK", help: "what the kernel should hold for a network (name, id, VNI, or \"host\"), what it holds, the difference", prepare: plan},

@@ -139,7 +139,7 @@ func networks(ctx context.Context, c *cli) error {
 			state = "other subnets on " + strings.Join(n.Disagree, ", ")
 		}
 		rows = append(rows, []string{short(n.ID), orDash(names[n.ID]), strconv.Itoa(int(n.VNI)), join(n.Prefixes()),
-			strconv.Itoa(n.EffectiveMTU), n.Bridge, strconv.Itoa(n.Endpoints), strconv.Itoa(n.Remote), orDash(strings.Join(n.Peers, ",")), state})
+			strconv.Itoa(n.EffectiveMTU), orDash(n.Bridge), strconv.Itoa(n.Endpoints), strconv.Itoa(n.Remote), orDash(strings.Join(n.Peers, ",")), state})
 	}
 	c.table(rows)
 	return nil
@@ -160,12 +160,33 @@ func endpoints(ctx context.Context, c *cli) error {
 	return nil
 }
 
+// ports lists what docker ps does not: Docker publishes nothing where the gateway is ours.
+func ports(ctx context.Context, c *cli) error {
+	all, err := ask[[]endpointReply](ctx, &c.admin, "/v1/endpoints")
+	if err != nil {
+		return err
+	}
+	all = slices.DeleteFunc(all, func(e endpointReply) bool { return len(e.Ports) == 0 })
+	if c.print(all) {
+		return nil
+	}
+	names := c.docker.containers(ctx)
+	rows := [][]string{{"PORT", "CONTAINER", "ENDPOINT", "ADDRESS"}}
+	for _, e := range all {
+		for _, p := range e.Ports {
+			rows = append(rows, []string{p.String(), orDash(names[e.ID]), short(e.ID), orDash(addresses(e.IPv4, e.IPv6))})
+		}
+	}
+	c.table(rows)
+	return nil
+}
+
 func peers(ctx context.Context, c *cli) error {
 	all, err := ask[[]peerReply](ctx, &c.admin, "/v1/peers")
 	if err != nil || c.print(all) {
 		return err
 	}
-	rows := [][]string{{"HOST", "ID", "ADDRESS", "VERSION", "STATE", "NETWORKS", "ERROR"}}
+	rows := [][]string{{"HOST", "ID", "ADDRESS", "WAY", "VERSION", "STATE", "NETWORKS", "ERROR"}}
 	for _, p := range all {
 		state := "alive, being read"
 		switch {
@@ -176,7 +197,7 @@ func peers(ctx context.Context, c *cli) error {
 		case p.InSync:
 			state = "alive"
 		}
-		rows = append(rows, []string{p.Name, short(p.ID), p.Address.String(), p.Version, state, orDash(join(p.Networks)), p.LastErr})
+		rows = append(rows, []string{p.Name, short(p.ID), p.Address.String(), p.Way, p.Version, state, orDash(join(p.Networks)), p.LastErr})
 	}
 	c.table(rows)
 	return nil

@@ -11,10 +11,9 @@ import (
 )
 
 // routes is the table of Docker's calls (moby daemon/libnetwork/docs/remote.md).
-// Those that answer at once do not wait for the database: the start of dockerd
-// waits for them. What is missing gets 404, which Docker takes for "not
-// implemented": Program- and RevokeExternalConnectivity come only to drivers that
-// answer a gateway.
+// Those that answer at once do not wait for the database: the start of dockerd waits
+// for them. Program- and RevokeExternalConnectivity come only to drivers that answer a
+// gateway.
 func (p *process) routes() []call {
 	return []call{
 		atOnce("Plugin.Activate", map[string][]string{"Implements": {"NetworkDriver", "IpamDriver"}}),
@@ -36,6 +35,8 @@ func (p *process) routes() []call {
 		onDriver("NetworkDriver.DeleteEndpoint", (*driver.Driver).DeleteEndpoint),
 		onDriver("NetworkDriver.Join", (*driver.Driver).Join),
 		onDriver("NetworkDriver.Leave", (*driver.Driver).Leave),
+		onDriver("NetworkDriver.ProgramExternalConnectivity", (*driver.Driver).ProgramExternalConnectivity),
+		onDriver("NetworkDriver.RevokeExternalConnectivity", (*driver.Driver).RevokeExternalConnectivity),
 
 		atOnce("IpamDriver.GetCapabilities", ipam.Capabilities{}),
 		atOnce("IpamDriver.GetDefaultAddressSpaces", api.AddressSpacesResponse{

@@ -226,11 +226,14 @@ func (p *process) serveRecords(ctx context.Context) error {
 	c := newCluster(p, db, identity)
 	loop := dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
-		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Term: p.term.now.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Log: p.log}),
+		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Term: p.term.now.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Hold: holdPort, Log: p.log}),
 		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term.now.Load, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}
 	// Before the gate opens: nothing of what follows may come in between.
 	p.journal.finish(ctx, svc)
+	if err := svc.driver.HoldPorts(); err != nil {
+		return err
+	}
 	tasks, ctx := errgroup.WithContext(ctx)
 	tasks.Go(func() error { return loop.Run(ctx) })
 	tasks.Go(func() error { return c.run(ctx, loop.Ready()) })
