@@ -45,6 +45,24 @@ var stages = []stage{
 		_, err := f.host.Docker(ctx, "network", "rm", "cycle")
 		return ignoreGone(err)
 	}},
+	{"routed create", "routed rm", "routed network", true, func(ctx context.Context, f *failHost) error {
+		_, err := f.host.Docker(ctx, "network", "create", "-d", hosts.PluginName, "-o", "mode=routed", "--ipam-driver", hosts.PluginName,
+			"--subnet", f.routed, "-o", "vni=1"+f.vni, "way")
+		return err
+	}},
+	{"routed run", "routed stop", "routed container", true, func(ctx context.Context, f *failHost) error {
+		_, _ = f.host.Docker(ctx, "rm", "--force", "far")
+		_, err := f.host.Run(ctx, "far", "--network", "way", "--publish", "8080:80")
+		return err
+	}},
+	{"routed stop", "routed run", "routed container", false, func(ctx context.Context, f *failHost) error {
+		_, err := f.host.Docker(ctx, "rm", "--force", "far")
+		return ignoreGone(err)
+	}},
+	{"routed rm", "routed create", "routed network", false, func(ctx context.Context, f *failHost) error {
+		_, err := f.host.Docker(ctx, "network", "rm", "way")
+		return ignoreGone(err)
+	}},
 	{"run on the peer", "rm on the peer", "visitor", true, func(ctx context.Context, f *failHost) error {
 		_, _ = f.peer.Docker(ctx, "rm", "--force", "visitor")
 		_, err := f.peer.Run(ctx, "visitor", "--network", "app")
@@ -70,6 +88,8 @@ func stageOf(step string) string {
 		{"driver.CreateEndpoint", "run"}, {"driver.Join", "run"}, {"ipam.RequestAddress", "run"},
 		{"driver.Leave", "rm"}, {"driver.DeleteEndpoint", "rm"}, {"ipam.ReleaseAddress", "rm"}, {"ipam.Audit", "rm"},
 		{"driver.DeleteNetwork", "network rm"}, {"ipam.ReleasePool", "network rm"},
+		{"driver.Program", "routed run"}, {"kernel.put.route", "routed run"}, {"kernel.put.rule", "routed create"}, {"kernel.put.blackhole", "routed create"},
+		{"kernel.delete.route", "routed stop"}, {"kernel.delete.rule", "routed rm"}, {"kernel.delete.blackhole", "routed rm"},
 		{"kernel.put.veth", "run"}, {"kernel.put.fdb", "run"}, {"kernel.put.neigh", "run on the peer"}, {"kernel.put.", "network create"},
 		{"kernel.delete.veth", "rm"}, {"kernel.delete.fdb", "rm"}, {"kernel.delete.neigh", "rm on the peer"}, {"kernel.delete.", "network rm"},
 	} {
@@ -88,6 +108,7 @@ var onlyAlone = []string{"kernel.put.set", "kernel.put.jump", "kernel.delete.set
 type failHost struct {
 	host, peer   *hosts.Host
 	subnet, vni  string
+	routed       string       // subnet of its routed network
 	state        string       // folder of the fail point's file
 	steps        []string     // to be killed at
 	stays        func() error // tells whether what runs still talks; nil before anything runs
@@ -112,7 +133,7 @@ func TestEveryStepCanBeTheLast(t *testing.T) {
 	}
 	all := make([]*failHost, len(lab.Hosts))
 	for i, h := range lab.Hosts {
-		all[i] = &failHost{host: h, peer: lab.Hosts[(i+1)%len(lab.Hosts)], subnet: fmt.Sprintf("10.%d.0.0/16", 41+i), vni: fmt.Sprint(5001 + i)}
+		all[i] = &failHost{host: h, peer: lab.Hosts[(i+1)%len(lab.Hosts)], subnet: fmt.Sprintf("10.%d.0.0/16", 41+i), routed: fmt.Sprintf("10.%d.0.0/16", 51+i), vni: fmt.Sprint(5001 + i)}
 		if all[i].state, err = h.StateDir(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -236,8 +257,11 @@ func (f *failHost) cycles(t *testing.T, steps []string) {
 	for range 2 * len(steps) {
 		for _, s := range stages {
 			inside := 0 // steps that need what this stage makes or removes
-			if s.thing == "network" {
+			switch s.thing {
+			case "network":
 				inside = count("run", "rm")
+			case "routed network":
+				inside = count("routed run", "routed stop")
 			}
 			switch {
 			case s.makes == there[s.thing]:
@@ -257,7 +281,7 @@ func (f *failHost) cycles(t *testing.T, steps []string) {
 			there[s.thing] = s.makes
 		}
 	}
-	if len(steps) > 0 && (there["network"] || count("network create", "run", "rm", "network rm", "run on the peer", "rm on the peer") > 0) {
+	if len(steps) > 0 && (there["network"] || there["routed network"] || slices.ContainsFunc(stages, func(s stage) bool { return count(s.name) > 0 })) {
 		t.Errorf("host %s: not all steps were tried: %v", f.host.Name, left)
 	}
 }
@@ -297,7 +321,7 @@ func (f *failHost) stage(t *testing.T, s stage, step string) {
 	f.killed++
 	// Docker's call may have failed or not; the user tries again.
 	var again error
-	if first != nil || s.name == "rm" || s.name == "network rm" {
+	if first != nil || !s.makes {
 		again = s.do(ctx, f)
 	}
 	if again != nil {

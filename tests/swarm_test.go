@@ -33,6 +33,7 @@ func TestSwarm(t *testing.T) {
 				{"", "compose", s.compose},
 				{"", "projects", s.projects},
 				{"", "families", s.families},
+				{"", "routed", s.routed},
 				{"debian", "service", s.services},
 				{"debian", "update", s.updates},
 				{"newest", "rolling", s.rolling},
