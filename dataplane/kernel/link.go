@@ -235,7 +235,7 @@ func (l *link) parseSettings(b []byte) {
 // for are reported in a field that they spoil, in words, so that the object
 // differs from what is wanted.
 func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
-	own := map[int32][]address{} // of links that are no ports; read once, if there are any
+	var own map[int32][]netip.Prefix // of all links; read if one of ours is no port
 	byIndex := map[int32]*link{}
 	for _, l := range links {
 		byIndex[l.index] = l
@@ -262,14 +262,10 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
 		case "veth":
 			o := readVeth(l, byIndex[l.lower], name(l.master))
 			if l.master == 0 {
-				if len(own) == 0 {
-					all, err := k.addresses(0)
-					if err != nil {
+				if own == nil {
+					var err error
+					if own, err = k.addresses(); err != nil {
 						return err
-					}
-					own[0] = nil
-					for _, a := range all {
-						own[a.link] = append(own[a.link], a)
 					}
 				}
 				r, odd := gateways(own[l.index])

@@ -14,27 +14,17 @@ import (
 	"github.com/weftnet/weft/dataplane"
 )
 
-// address is an address of a link.
-type address struct {
-	prefix netip.Prefix
-	link   int32
-}
-
-// addresses returns the addresses of one link, or of all for 0.
-func (k *Kernel) addresses(link int32) ([]address, error) {
+// addresses returns the addresses of all links by index.
+func (k *Kernel) addresses() (map[int32][]netip.Prefix, error) {
 	req := nl.NewNetlinkRequest(unix.RTM_GETADDR, 0)
 	req.AddData(nl.NewIfAddrmsg(unix.AF_UNSPEC))
 	msgs, err := k.route.dump(req)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
-	var out []address
+	out := map[int32][]netip.Prefix{}
 	for _, b := range msgs {
 		if len(b) < unix.SizeofIfAddrmsg {
-			continue
-		}
-		a := address{link: int32(binary.NativeEndian.Uint32(b[4:]))}
-		if link != 0 && a.link != link {
 			continue
 		}
 		var ip netip.Addr
@@ -43,20 +33,21 @@ func (k *Kernel) addresses(link int32) ([]address, error) {
 				ip, _ = netip.AddrFromSlice(v)
 			}
 		}
-		if a.prefix = netip.PrefixFrom(ip, int(b[1])); a.prefix.IsValid() {
-			out = append(out, a)
+		if p := netip.PrefixFrom(ip, int(b[1])); p.IsValid() {
+			link := int32(binary.NativeEndian.Uint32(b[4:]))
+			out[link] = append(out[link], p)
 		}
 	}
 	return out, nil
 }
 
 // gateways are the addresses of a router's port, and whether it has others.
-func gateways(own []address) (r dataplane.Router, odd bool) {
+func gateways(own []netip.Prefix) (r dataplane.Router, odd bool) {
 	for _, a := range own {
-		ip := a.prefix.Addr()
+		ip := a.Addr()
 		switch {
 		case ip.Is6() && ip.IsLinkLocalUnicast():
-		case a.prefix.Bits() != ip.BitLen():
+		case a.Bits() != ip.BitLen():
 			odd = true
 		case ip.Is4() && !r.Gateway4.IsValid():
 			r.Gateway4 = ip
@@ -89,17 +80,17 @@ func (k *Kernel) putRouter(name string, r dataplane.Router) error {
 	if r.Gateway6.IsValid() && !l.forward6 {
 		k.forwardIPv6()
 	}
-	have, err := k.addresses(l.index)
+	have, err := k.addresses()
 	if err != nil {
 		return err
 	}
-	for _, a := range have {
-		ip := a.prefix.Addr()
-		if ip.Is6() && ip.IsLinkLocalUnicast() || a.prefix.Bits() == ip.BitLen() && (ip == r.Gateway4 || ip == r.Gateway6) {
+	for _, a := range have[l.index] {
+		ip := a.Addr()
+		if ip.Is6() && ip.IsLinkLocalUnicast() || a.Bits() == ip.BitLen() && (ip == r.Gateway4 || ip == r.Gateway6) {
 			continue
 		}
-		if err := k.route.do(addressRequest(unix.RTM_DELADDR, l.index, a.prefix)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return fmt.Errorf("remove address %s: %w", a.prefix, err)
+		if err := k.route.do(addressRequest(unix.RTM_DELADDR, l.index, a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("remove address %s: %w", a, err)
 		}
 	}
 	for _, ip := range []netip.Addr{r.Gateway4, r.Gateway6} {
@@ -146,6 +137,7 @@ func (k *Kernel) forwardIPv6() {
 			_ = os.WriteFile(file, []byte("2"), 0o644)
 		}
 	}
+	k.log.Info("this host forwards IPv6 from now on, for a routed network; router advertisements are taken as before")
 	err := os.WriteFile(filepath.Join(conf, "all/forwarding"), []byte("1"), 0o644)
 	if err != nil && !k.noSysctl.Swap(true) {
 		k.log.Warn("cannot let the host forward IPv6; mount the host's /proc/sys/net for Weft to write, or set net.ipv6.conf.all.forwarding=1", "path", k.cfg.SysNet, "err", err)

@@ -53,13 +53,13 @@ func (k *Kernel) Underlay(ctx context.Context, want netip.Addr) (dataplane.Under
 	}
 	l := links[at]
 	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu}
-	own, err := k.addresses(index)
+	all, err := k.addresses()
 	if err != nil {
 		return dataplane.Underlay{}, err
 	}
-	for _, a := range own {
-		if a.prefix.Addr() == addr {
-			u.Prefix = a.prefix.Masked()
+	for _, p := range all[index] {
+		if p.Addr() == addr {
+			u.Prefix = p.Masked()
 		}
 	}
 	u.NoChecksum, u.Reason = k.checksum(links, l)
