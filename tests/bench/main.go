@@ -91,6 +91,10 @@ func (s *setup) networks() error {
 			"--ip-range", fmt.Sprintf("10.32.%d.0/24", i+1), "weft"); err != nil {
 			return err
 		}
+		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "-o", "mode=routed", "--subnet", "10.35.0.0/16", "--gateway", "10.35.0.1",
+			"--ip-range", fmt.Sprintf("10.35.%d.0/24", i+1), "routed"); err != nil {
+			return err
+		}
 		if _, err := h.Docker(s.ctx, "network", "create", "br"); err != nil {
 			return err
 		}
@@ -118,7 +122,7 @@ func (s *setup) paths() (same, across []path, err error) {
 	}
 	same = append(same, raw)
 	across = append(across, path{"host", s.a.NetNS(), s.b.NetNS(), s.b.Address})
-	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}} {
+	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}, {"weft routed", "routed"}} {
 		one, _, err := s.container(s.a, n.network+"1", n.network)
 		if err != nil {
 			return nil, nil, err
@@ -241,7 +245,7 @@ func table(title string, paths []path, rounds int, length time.Duration) error {
 
 // attach times docker run --rm with each network, interleaved.
 func (s *setup) attach(times int) error {
-	networks := []string{"none", "br", "ov", "weft"}
+	networks := []string{"none", "br", "ov", "weft", "routed"}
 	took := map[string][]float64{}
 	for range times {
 		for _, n := range networks {
@@ -258,7 +262,7 @@ func (s *setup) attach(times int) error {
 		for i := range took[n] {
 			ratios = append(ratios, took[n][i]/took["br"][i])
 		}
-		fmt.Printf("| %s | %.0f | %.2f |\n", strings.NewReplacer("br", "docker bridge", "ov", "docker overlay").Replace(n), median(took[n]), median(ratios))
+		fmt.Printf("| %s | %.0f | %.2f |\n", strings.NewReplacer("br", "docker bridge", "ov", "docker overlay", "routed", "weft routed").Replace(n), median(took[n]), median(ratios))
 	}
 	return nil
 }
