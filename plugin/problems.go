@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel"
 	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/store"
 )
@@ -50,13 +52,19 @@ func (p *process) status() (statusReply, error) {
 	if err != nil {
 		return s, err
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), adminLimit)
+	defer cancel()
+	routes, err := svc.kernel.Routes(ctx)
+	if err != nil {
+		return s, err
+	}
 	_, clusterErr := svc.cluster.get()
 	heard := svc.cluster.stats()
 	if clusterErr == nil && heard.Err != "" && heard.Twin == "" {
 		clusterErr = errors.New(heard.Err)
 	}
 	s.Problems = append(s.Problems, problems(view{
-		status: s, networks: nets, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"], refused: svc.driver.Refusals(),
+		status: s, networks: nets, routes: routes, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"], refused: svc.driver.Refusals(),
 		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), xtablesShared: !isDevice(xtablesLock),
 	})...)
 	return s, nil
@@ -75,6 +83,7 @@ func isDevice(path string) bool {
 type view struct {
 	status        statusReply
 	networks      []networkReply
+	routes        []kernel.Route
 	peers         []peerReply
 	passes        []dataplane.NetworkStatus
 	clusterErr    error
@@ -127,6 +136,18 @@ func problems(v view) []problem {
 	for _, n := range v.networks {
 		for _, d := range n.Disagree {
 			add("give both the same subnets, or one of them another vni", "network %d has subnets %v here, but others on host %s: they are not connected", n.VNI, n.Prefixes(), d)
+		}
+	}
+	for _, n := range v.networks {
+		for _, r := range v.routes {
+			if !slices.ContainsFunc(n.Prefixes(), r.Prefix.Overlaps) {
+				continue
+			}
+			who := "containers"
+			if n.Mode == store.ModeRouted {
+				who = "containers and this host"
+			}
+			add("remove the route, or the network and create it again with another --subnet", "network %d has subnets %v, over which this host has the route %s on %s: %s do not reach what is behind it", n.VNI, n.Prefixes(), r.Prefix, cmp.Or(r.Link, "no link"), who)
 		}
 	}
 	for _, n := range v.networks {

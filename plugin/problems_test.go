@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel"
 	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/store"
 )
@@ -44,6 +45,10 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"other subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Disagree: []string{"beta (vxlan [10.9.0.0/16])"}}}
 		}, "others on host beta (vxlan [10.9.0.0/16]): they are not connected", false},
+		{"route over a subnet", func(v *view) {
+			v.networks = []networkReply{{Network: store.Network{VNI: 4096, Mode: store.ModeRouted, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("10.9.0.0/16")}}}}}
+			v.routes = []kernel.Route{{Prefix: netip.MustParsePrefix("10.9.1.0/24"), Link: "tun0"}, {Prefix: netip.MustParsePrefix("10.8.0.0/24"), Link: "eth1"}}
+		}, "has the route 10.9.1.0/24 on tun0: containers and this host do not reach", false},
 		{"address twice", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Twice: []string{"10.9.0.2 (endpoint a here, b on host beta)"}}}
 		}, "network 4096: addresses that two have, so one gets no packets: 10.9.0.2 (endpoint a here, b on host beta)", false},

@@ -233,6 +233,17 @@ func (r *routed) survives(t *testing.T) {
 		reach(t, from, "fd00:80::c2")
 		reach(t, to, b.Address.String())
 	}
+	// A route of somebody else's over the subnet takes nothing away, stays, and is told.
+	if _, err := a.Exec(t.Context(), "ip", "route", "add", "10.80.2.0/24", "via", "192.0.2.1"); err != nil {
+		t.Fatal(err)
+	}
+	reach(t, from, address.String())
+	if out, err := a.Exec(t.Context(), "weft", "status"); err == nil || !strings.Contains(out, "has the route 10.80.2.0/24 on eth0") {
+		t.Errorf("weft status does not tell of the route: %v\n%s", err, out)
+	}
+	if _, err := a.Exec(t.Context(), "ip", "route", "del", "10.80.2.0/24", "via", "192.0.2.1"); err != nil {
+		t.Error(err)
+	}
 	for _, c := range []hosts.Container{from, to} {
 		docker(t, c.Host, "rm", "--force", c.Name)
 	}
