@@ -145,6 +145,16 @@ func (r *routed) published(t *testing.T) {
 		t.Errorf("a port of 127.0.0.1 answers to another host: %s", out)
 	}
 
+	// What the user forbids in Docker's chain for it holds here too.
+	for _, rule := range []string{"-I", "-D"} {
+		if _, err := a.Exec(t.Context(), "iptables", rule, "DOCKER-USER", "-d", "10.80.1.99", "-j", "DROP"); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := hostFetch(t.Context(), b, here+":8080"); (err == nil) != (rule == "-D") {
+			t.Errorf("after %s of a rule in DOCKER-USER: %s, %v", rule, out, err)
+		}
+	}
+
 	refused := func(what string, args ...string) {
 		t.Helper()
 		out, err := a.Docker(t.Context(), append(append([]string{"run", "--detach", "--name", "late"}, args...), hosts.Image, "sleep", "1")...)

@@ -139,7 +139,7 @@ func (s *script) add(op dataplane.Op) {
 	case dataplane.Jump:
 		s.deleteJumps(o.Table, o.From, o.To)
 		if op.Verb == dataplane.Put {
-			s.line(o.Table, "-I %s 1 %s", o.From, jumpSpec(o.To))
+			s.line(o.Table, "-I %s %d %s", o.From, usersJump(s.rules[o.Table][o.From])+2, jumpSpec(o.To))
 		}
 	}
 }

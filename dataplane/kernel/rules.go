@@ -156,7 +156,8 @@ func chainHash(table string, v6 bool, name string, rules []rule) string {
 }
 
 // inPlace reports whether rules hold exactly one jump to a chain of ours, in front
-// or behind nothing but jumps to chains of ours or Docker's.
+// or behind nothing but jumps to chains of ours or Docker's, and behind that to the
+// user's.
 func inPlace(rules []rule, to string) bool {
 	at, n := -1, 0
 	for i, r := range rules {
@@ -164,9 +165,23 @@ func inPlace(rules []rule, to string) bool {
 			at, n = i, n+1
 		}
 	}
-	return n == 1 && rules[at].spec == jumpSpec(to) && !slices.ContainsFunc(rules[:at], func(r rule) bool {
-		return !strings.HasPrefix(r.target, dockerPrefix) && !strings.HasPrefix(r.target, chainPrefix)
-	})
+	return n == 1 && rules[at].spec == jumpSpec(to) && !slices.ContainsFunc(rules[:at], isUsers) && at > usersJump(rules)
+}
+
+// isUsers reports whether a rule is neither a jump of ours nor one of Docker's.
+func isUsers(r rule) bool {
+	return !strings.HasPrefix(r.target, dockerPrefix) && !strings.HasPrefix(r.target, chainPrefix)
+}
+
+// usersJump returns the place of the jump to the chain that Docker leaves to the user,
+// if nothing but Docker's jumps and ours are before it, or -1. What the user has there
+// goes before what we accept.
+func usersJump(rules []rule) int {
+	at := slices.IndexFunc(rules, func(r rule) bool { return r.target == "DOCKER-USER" })
+	if at >= 0 && slices.ContainsFunc(rules[:at], isUsers) {
+		return -1
+	}
+	return at
 }
 
 // add adds the chains and jumps of ours to p.
