@@ -31,7 +31,7 @@ func TestCopyIsFoundBeforeItJoins(t *testing.T) {
 		}
 	}
 	b.start()
-	a.waitPeer(b, soon, "in sync", inSync)
+	b.waitPeer(a, soon, "in sync", inSync) // a may not have noticed that b was away
 
 	db, err := store.Open(filepath.Join(twin.dir, "weft.db"), store.Host{ID: b.id.ID, Address: twin.addr})
 	if err != nil {
