@@ -95,7 +95,7 @@ func composed(t *testing.T, lab *hosts.Lab) {
 
 	for i, h := range lab.Hosts {
 		compose(t, h, project(t, i+1, "1400"), "down")
-		if left := docker(t, h, "network", "ls", "--quiet", "--filter", "driver="+hosts.PluginName); left != "" {
+		if left := docker(t, h, "network", "ls", "--quiet", "--filter", "name=shop_"); left != "" {
 			t.Errorf("host %s: networks are left: %s", h.Name, left)
 		}
 	}
