@@ -90,7 +90,7 @@ func (s *swarmInput) allocated(t *testing.T, name string) map[string]string {
 // with others than before.
 func (s *swarmInput) options(t *testing.T) {
 	plugin := socketOf(t, s.a)
-	wrong := []string{"mtu=abc", "nonsense=1", "vni=0", "vni=1,2", "mode=routed", "mtuu=1400"}
+	wrong := []string{"mtu=abc", "nonsense=1", "vni=0", "vni=1,2", "mode=bgp", "mtuu=1400"}
 	for _, o := range wrong {
 		_, alone := plugin.send(t, http.MethodPost, "NetworkDriver.CreateNetwork", strings.NewReader(localNetwork("10.80.0.0/16", o)))
 		reason, refused := strings.CutPrefix(alone, "create network: ")
