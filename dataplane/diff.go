@@ -85,26 +85,21 @@ func lost(w Object, want, have Plan) bool {
 	return ok && v.Joined && !there
 }
 
-// same reports whether the kernel need not be changed. Of chains only the hash is
-// read back.
-func same(a, b Object) bool {
-	if v, ok := a.(Veth); ok {
-		v.Waits = false
-		a = v
+// same reports whether the kernel need not be changed.
+func same(a, b Object) bool { return compared(a) == compared(b) }
+
+// compared returns the object without what is not compared: of chains only the hash is
+// read back, and whether Docker has taken a link is for nobody here to change.
+func compared(o Object) Object {
+	switch o := o.(type) {
+	case Chain:
+		o.Rules = ""
+		return o
+	case Veth:
+		o.Waits = false
+		return o
 	}
-	if v, ok := b.(Veth); ok {
-		v.Waits = false
-		b = v
-	}
-	if c, ok := a.(Chain); ok {
-		c.Rules = ""
-		a = c
-	}
-	if c, ok := b.(Chain); ok {
-		c.Rules = ""
-		b = c
-	}
-	return a == b
+	return o
 }
 
 // Underlay is the host's own network, as the kernel has it.

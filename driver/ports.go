@@ -93,18 +93,11 @@ func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r network.Prog
 		if err != nil {
 			return err
 		}
-		i := slices.IndexFunc(all, func(o store.Endpoint) bool { return o.ID == e.ID })
-		if i < 0 {
-			return fmt.Errorf("endpoint %.12s is gone", e.ID)
+		if e, err = tx.Endpoint(n.ID, e.ID); err != nil {
+			return err // deleted meanwhile
 		}
-		e = all[i]
-		var taken []store.Endpoint
-		for _, o := range all {
-			if o.ID != e.ID && len(o.Ports) > 0 {
-				taken = append(taken, o)
-			}
-		}
-		if e.Ports, err = d.choosePorts(e, asks, taken); err != nil {
+		others := slices.DeleteFunc(all, func(o store.Endpoint) bool { return o.ID == e.ID })
+		if e.Ports, err = d.choosePorts(e, asks, others); err != nil {
 			return err
 		}
 		e, err = tx.PutEndpoint(e)
@@ -148,7 +141,7 @@ func (d *Driver) unpublish(ctx context.Context, network, endpoint string) error 
 
 // choosePorts returns the ports to publish, and holds them. An endpoint that had some
 // keeps those that still fit.
-func (d *Driver) choosePorts(e store.Endpoint, asks []ask, taken []store.Endpoint) (out []store.Port, err error) {
+func (d *Driver) choosePorts(e store.Endpoint, asks []ask, others []store.Endpoint) (out []store.Port, err error) {
 	defer func() {
 		if err != nil {
 			d.release(e.ID)
@@ -158,7 +151,7 @@ func (d *Driver) choosePorts(e store.Endpoint, asks []ask, taken []store.Endpoin
 		if a.HostIP.IsValid() && (a.HostIP.Is4() && !e.IPv4.IsValid() || a.HostIP.Is6() && !e.IPv6.IsValid()) {
 			return nil, fmt.Errorf("port %d cannot be published on %s: the endpoint has no address of that family", a.Port.Port, a.HostIP)
 		}
-		p, err := d.choosePort(e, a, taken, out)
+		p, err := d.choosePort(e, a, others, out)
 		if err != nil {
 			return nil, err
 		}
@@ -167,12 +160,12 @@ func (d *Driver) choosePorts(e store.Endpoint, asks []ask, taken []store.Endpoin
 	return out, nil
 }
 
-func (d *Driver) choosePort(e store.Endpoint, a ask, taken []store.Endpoint, chosen []store.Port) (store.Port, error) {
+func (d *Driver) choosePort(e store.Endpoint, a ask, others []store.Endpoint, chosen []store.Port) (store.Port, error) {
 	var first error
 	for _, number := range a.candidates(e) {
 		p := a.Port
 		p.HostPort = number
-		err := portTaken(p, taken, chosen)
+		err := portTaken(p, others, chosen)
 		if err == nil {
 			err = d.hold(e, p)
 		}
@@ -207,8 +200,8 @@ func (a ask) candidates(e store.Endpoint) (out []uint16) {
 }
 
 // portTaken says who has a port already, in Docker's words.
-func portTaken(p store.Port, taken []store.Endpoint, chosen []store.Port) error {
-	for _, o := range taken {
+func portTaken(p store.Port, others []store.Endpoint, chosen []store.Port) error {
+	for _, o := range others {
 		if slices.ContainsFunc(o.Ports, p.Overlaps) {
 			return fmt.Errorf("Bind for %s failed: port is already allocated (endpoint %.12s has it)", bindText(p), o.ID)
 		}

@@ -259,6 +259,20 @@ func TestPoolOfAnEarlierTermDoesNotClash(t *testing.T) {
 	}
 }
 
+// poolsAfter audits at a later time and returns how many pools are left.
+func (b *bed) poolsAfter(t *testing.T, later time.Duration) int {
+	t.Helper()
+	b.now = b.now.Add(later)
+	if _, err := b.Audit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	pools, err := b.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(pools)
+}
+
 // The pool of a network that was removed while another manager led goes once its
 // allocation is forgotten, and not before: it may only be this plugin that is new.
 func TestPoolOfAnEarlierTermGoesWithItsAllocation(t *testing.T) {
@@ -271,19 +285,12 @@ func TestPoolOfAnEarlierTermGoesWithItsAllocation(t *testing.T) {
 	b.write(t, func(tx *store.Tx) error {
 		return tx.PutAllocation(store.Allocation{ID: "net", VNI: 5000, Prefixes: []netip.Prefix{netip.MustParsePrefix(swarmPool)}, Term: term})
 	})
-	left := func() int {
+	left := func() (n int) {
 		t.Helper()
 		for range 3 {
-			b.now = b.now.Add(time.Hour)
-			if _, err := b.Audit(t.Context()); err != nil {
-				t.Fatal(err)
-			}
+			n = b.poolsAfter(t, time.Hour)
 		}
-		pools, err := b.Status()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(pools)
+		return n
 	}
 	term = 2
 	if left() != 1 {
@@ -302,15 +309,7 @@ func TestPoolGoesWithItsNetworkOfSwarm(t *testing.T) {
 	id := b.pool(t, swarmPool, "")
 	audit := func(later time.Duration) int {
 		t.Helper()
-		b.now = b.now.Add(later)
-		if _, err := b.Audit(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		pools, err := b.Status()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(pools)
+		return b.poolsAfter(t, later)
 	}
 	for range 3 {
 		if n := audit(time.Hour); n != 1 {
