@@ -351,7 +351,7 @@ func (l *Loop) serve(ctx context.Context, r request) {
 		}
 		err := failed[r.vni]
 		if err == nil {
-			err = concerning(done[r.vni], r.endpoint)
+			err = concerning(done[r.vni], r.endpoint, l.encrypts(r.vni))
 		}
 		if err == nil && r.endpoint != "" && l.lost(r.vni, r.endpoint) {
 			err = errors.New("its link is gone from this host; remove the endpoint and make it again")
@@ -370,9 +370,15 @@ func (l *Loop) lost(v store.VNI, e store.EndpointID) bool {
 	return !there
 }
 
+// encrypts reports whether the network is an encrypted one.
+func (l *Loop) encrypts(v store.VNI) bool {
+	s, err := l.db.Snapshot(v)
+	return err == nil && s.Network != nil && s.Network.Encrypted
+}
+
 // concerning returns the first failure that an endpoint depends on: of its own
 // objects, or of the network's base.
-func concerning(errs []*OpError, e store.EndpointID) error {
+func concerning(errs []*OpError, e store.EndpointID, encrypted bool) error {
 	for _, err := range errs {
 		if err.Op.Verb == Delete {
 			continue
@@ -390,7 +396,11 @@ func concerning(errs []*OpError, e store.EndpointID) error {
 			if o.Link == "" || e != "" && o.Link == VethName(e) {
 				return err
 			}
-		case Neigh:
+		case Neigh, TunnelPeer:
+		case WireGuard:
+			if encrypted {
+				return err
+			}
 		default:
 			return err
 		}

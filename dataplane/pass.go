@@ -229,7 +229,7 @@ func foreignDelete(op Op) bool {
 	case Neigh:
 		return !strings.HasPrefix(o.Link, vethPrefix)
 	case Route:
-		return o.Via.IsValid()
+		return o.Via.IsValid() || strings.HasPrefix(o.Link, tunnelPrefix)
 	}
 	return false
 }

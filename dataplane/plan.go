@@ -31,6 +31,8 @@ const (
 	KindJump                  // rule in a shared chain that jumps to a chain of ours
 	KindRule                  // routing rule; priority and table
 	KindBlackhole             // route without a way; table and protocol
+	KindWireGuard             // link; name and alias
+	KindPeer                  // peer of a WireGuard device of ours
 	KindBridge                // link; name prefix and alias
 	KindVXLAN                 // link; name prefix and alias
 	KindVeth                  // host side of an endpoint's link; name prefix and alias
@@ -39,7 +41,7 @@ const (
 	KindFDB                   // static forwarding entry on a link of ours
 )
 
-var kindNames = [...]string{"set", "chain", "jump", "rule", "blackhole", "bridge", "vxlan", "veth", "route", "neigh", "fdb"}
+var kindNames = [...]string{"set", "chain", "jump", "rule", "blackhole", "wireguard", "peer", "bridge", "vxlan", "veth", "route", "neigh", "fdb"}
 
 func (k Kind) String() string { return kindNames[k] }
 

@@ -55,6 +55,9 @@ type Route struct {
 	Prefix netip.Prefix
 	Link   string     // "": a blackhole
 	Via    netip.Addr // next hop on the link; zero: Prefix itself is there
+	// Peers are the peers of the two WireGuard devices that may send from Prefix, and
+	// are sent what is for it; zero: none.
+	Peers [2]store.WGKey
 }
 
 func (RouteRule) object() {}
@@ -84,6 +87,11 @@ func (o Route) String() string {
 			s += " via " + o.Via.String()
 		}
 		s += " dev " + o.Link
+	}
+	for i, k := range o.Peers {
+		if !k.IsZero() {
+			s += fmt.Sprintf(" wg %s peer %s", TunnelNames[i], k)
+		}
 	}
 	return fmt.Sprintf("%s table %d proto %d metric %d", s, RouteTable, RouteProtocol, o.VNI)
 }

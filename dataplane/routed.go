@@ -43,7 +43,10 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 		}
 		p.Add(o)
 	}
-	if u.Address.IsValid() {
+	switch {
+	case n.Encrypted:
+		planEncrypted(p, s, u, taken)
+	case u.Address.IsValid():
 		planPeers(p, s, u, taken)
 	}
 }
@@ -107,10 +110,10 @@ func linkLocal(m store.MAC) netip.Addr {
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
 }
 
-// routedNetworks returns the routed networks that have subnets of the family, by VNI.
+// routedNetworks returns the networks that are routed to that have subnets of the family, by VNI.
 func routedNetworks(v6 bool, networks []store.Network) []store.Network {
 	out := slices.DeleteFunc(slices.Clone(networks), func(n store.Network) bool {
-		return n.Mode != store.ModeRouted || len(pools(v6, n)) == 0
+		return !n.Routed() || len(pools(v6, n)) == 0
 	})
 	slices.SortFunc(out, func(a, b store.Network) int { return int(a.VNI) - int(b.VNI) })
 	return out
@@ -135,7 +138,7 @@ func planRouter(p Plan, v6 bool, s store.HostSnapshot) {
 	p.Add(RouteRule{V6: v6})
 	rules := planPorts(p, v6, s.Published)
 	for _, n := range routed {
-		if n.Internal || n.NoMasquerade {
+		if n.Internal || n.NoMasquerade || !n.OwnGateway() {
 			continue
 		}
 		for _, from := range pools(v6, n) {
@@ -145,8 +148,10 @@ func planRouter(p Plan, v6 bool, s store.HostSnapshot) {
 			rules = append(rules, fmt.Sprintf("-s %s ! -o %s+ -j MASQUERADE", from, vethPrefix))
 		}
 	}
-	p.Add(NewChain("nat", v6, chainPostrt, rules...))
-	p.Add(Jump{"nat", v6, "POSTROUTING", chainPostrt})
+	if len(rules) > 0 {
+		p.Add(NewChain("nat", v6, chainPostrt, rules...))
+		p.Add(Jump{"nat", v6, "POSTROUTING", chainPostrt})
+	}
 }
 
 // routedGuard drops what an endpoint sends from an address that is not its own, beside
@@ -167,9 +172,12 @@ func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
 	if len(routed) == 0 {
 		return nil
 	}
-	var rules []string
+	rules := encryptedForward(v6, networks)
 	veths := vethPrefix + "+"
 	for _, n := range routed {
+		if n.Encrypted {
+			continue
+		}
 		from := []string{veths, VXLANName(n.VNI)}
 		if u.Link != "" {
 			from = append(from, u.Link)
@@ -189,7 +197,7 @@ func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
 		"-i "+vxlanPrefix+"+ -j DROP", "-o "+vxlanPrefix+"+ -j DROP",
 		"-i "+veths+" -o docker+ -j DROP", "-i "+veths+" -o br-+ -j DROP")
 	for _, n := range routed {
-		if n.Internal {
+		if n.Internal || !n.OwnGateway() {
 			continue
 		}
 		for _, a := range pools(v6, n) {

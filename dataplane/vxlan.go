@@ -34,13 +34,15 @@ func Overhead(underlay netip.Addr) int {
 }
 
 // MTU returns the MTU of a network's interfaces in bytes: the explicit one, else what
-// the underlay leaves to a VXLAN device, else Ethernet's minus the overhead. That of a
+// the underlay leaves to a VXLAN device or to WireGuard, else Ethernet's minus the overhead. That of a
 // routed network is the underlay's: where the way to a peer is a tunnel, the host tells
 // senders what fits (ICMP), as any router.
 func MTU(n store.Network, u Underlay) int {
 	switch {
 	case n.MTU != 0:
 		return n.MTU
+	case n.Encrypted:
+		return tunnelledMTU(u)
 	case n.Mode == store.ModeRouted && u.MTU > minMTU:
 		return u.MTU
 	case n.Mode == store.ModeRouted:
@@ -65,7 +67,7 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 		return p, nil
 	}
 	n := *s.Network
-	if n.Mode == store.ModeRouted {
+	if n.Routed() {
 		planRouted(p, s, u)
 		return p, nil
 	}
@@ -174,6 +176,7 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 		planForward(p, v6, s.Networks, u)
 		planRouter(p, v6, s)
 	}
+	planTunnels(p, s, u)
 	return p
 }
 
@@ -207,6 +210,10 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 	if len(routedNetworks(v6, s.Networks)) > 0 {
 		raw = append(raw, routedGuard(v6)...)
 	}
+	raw = append(raw, encryptedGuard(v6, s.Networks)...)
+	if encrypted(s.Networks) { // from anywhere: it answers to nobody but its peers
+		in = append(in, fmt.Sprintf("-p udp -m udp --dport %d:%d -j ACCEPT", s.Self.Tunnel.Port, s.Self.Tunnel.Port+1), "-i "+tunnelPrefix+"+ -j DROP")
+	}
 	in = append(in, vxlan+" -j DROP", "-i "+bridgePrefix+"+ -j DROP")
 	p.Add(NewChain("raw", v6, chainPrerout, raw...))
 	p.Add(NewChain("raw", v6, chainOutput, vxlan+" -j CT --notrack"))
@@ -222,7 +229,7 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 func planForward(p Plan, v6 bool, networks []store.Network, u Underlay) {
 	var rules []string
 	for _, n := range networks {
-		if n.Mode == store.ModeVXLAN {
+		if !n.Routed() {
 			b := BridgeName(n.VNI)
 			rules = append(rules, fmt.Sprintf("-i %s -o %s -j ACCEPT", b, b))
 		}

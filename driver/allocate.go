@@ -85,7 +85,11 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.refuse(); err != nil {
+	err = d.refuse()
+	if err == nil && d.Fits != nil {
+		err = d.Fits(n)
+	}
+	if err != nil {
 		return nil, err
 	}
 	foreign, err := d.VXLANs(ctx)

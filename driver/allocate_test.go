@@ -89,7 +89,7 @@ func TestAllocationIsRefused(t *testing.T) {
 		{allocation("another", "10.90.0.0/25", nil), "overlaps [10.90.0.0/24] of Swarm network"},
 		{allocation("another", "10.92.0.0/24", map[string]string{"vni": "5001"}), "on host beta"},
 		{allocation("another", "10.92.0.0/24", map[string]string{"vnii": "1"}), "did you mean vni"},
-		{allocation("another", "10.92.0.0/24", map[string]string{"encrypted": ""}), "cannot encrypt"},
+		{allocation("another", "10.92.0.0/24", map[string]string{"encrypted": "perhaps"}), "neither true nor false"},
 		{allocation("another", "10.92.0.0/24", map[string]string{OptKey: "00"}), "key of 32 bytes"},
 		{allocation("another", "10.92.0.1/24", nil), "host bits"},
 		{allocation("another", "fd00:92::/64", nil), "leave --ipv6 out"},

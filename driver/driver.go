@@ -52,11 +52,15 @@ type VXLAN struct {
 	Port uint16
 }
 
-// Config is what a Driver works with. All fields but Term, Refuse and Hold are needed.
+// Config is what a Driver works with. All fields but Term, Refuse, Fits and Hold are needed.
 type Config struct {
 	DB *store.DB
 	// Refuse returns why this host must not make anything new now, or nil.
 	Refuse func() error
+	// Fits returns why this host cannot run a network, or nil. nil: all fit.
+	Fits func(store.Network) error
+	// Keyed: this host has a cluster key, so no stranger is among the peers.
+	Keyed bool
 	// Term returns a number that is another one whenever Docker begins to ask anew for
 	// all that its Swarm has, or 0 before. What it has not asked for since then is not
 	// known to count: a manager that becomes the leader again may have missed the end of
@@ -113,6 +117,9 @@ func (d *Driver) createNetwork(ctx context.Context, r network.CreateNetworkReque
 	if err == nil {
 		err = d.refuse()
 	}
+	if err == nil {
+		err = d.unfit(n)
+	}
 	if err != nil {
 		return err
 	}
@@ -129,6 +136,17 @@ func (d *Driver) createNetwork(ctx context.Context, r network.CreateNetworkReque
 	}
 	store.FailPoint("driver.CreateNetwork.synced")
 	return nil
+}
+
+// unfit returns why this host cannot run the network.
+func (d *Driver) unfit(n store.Network) error {
+	if n.Encrypted && len(n.Key) == 0 && !d.Keyed {
+		return errors.New("option encrypted: this host has no cluster key, so a stranger on the underlay could be taken for a host of the network; set WEFT_KEY_FILE on all hosts, or give the network a key with -o key=")
+	}
+	if d.Fits == nil {
+		return nil
+	}
+	return d.Fits(n)
 }
 
 func (d *Driver) refuse() error {

@@ -83,7 +83,7 @@ func (d *Driver) ProgramExternalConnectivity(ctx context.Context, r network.Prog
 	if err != nil {
 		return struct{}{}, fmt.Errorf("publish ports: %w", err)
 	}
-	if n.Mode != store.ModeRouted || len(asks) == 0 {
+	if !n.OwnGateway() || len(asks) == 0 {
 		return struct{}{}, nil
 	}
 	store.FailPoint("driver.Program.before")

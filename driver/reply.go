@@ -55,11 +55,14 @@ func joinReply(n store.Network, e store.Endpoint) JoinResponse {
 	}
 	r := JoinResponse{InterfaceName: InterfaceName{SrcName: store.ContainerLink(e.ID.HostLink()), DstPrefix: prefix, DstName: e.Ifname},
 		DisableGatewayService: n.Internal}
-	if n.Mode != store.ModeRouted {
+	if !n.Routed() {
 		r.StaticRoutes = subnetRoutes(n, e)
 		return r
 	}
 	r.StaticRoutes = routedRoutes(n, e)
+	if !n.OwnGateway() {
+		return r
+	}
 	for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
 		switch gw := n.GatewayOf(a); {
 		case n.Internal || !gw.IsValid():

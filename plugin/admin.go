@@ -142,7 +142,7 @@ func (s *services) networks() ([]networkReply, error) {
 		for _, n := range nets {
 			r := networkReply{Network: withoutKey(n), EffectiveMTU: dataplane.MTU(n, s.loop.Underlay()),
 				Peers: []string{}, Status: status[n.VNI]}
-			if n.Mode == store.ModeVXLAN {
+			if !n.Routed() {
 				r.Bridge = dataplane.BridgeName(n.VNI)
 			}
 			eps, err := tx.Endpoints(n.ID)

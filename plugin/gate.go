@@ -21,6 +21,7 @@ type services struct {
 	driver  *driver.Driver
 	ipam    *ipam.IPAM
 	cluster *cluster
+	rotator *rotator
 	rebuilt string // what was rebuilt from the kernel at this start, or ""
 }
 

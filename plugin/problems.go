@@ -144,7 +144,7 @@ func problems(v view) []problem {
 				continue
 			}
 			who := "containers"
-			if n.Mode == store.ModeRouted {
+			if n.Routed() {
 				who = "containers and this host"
 			}
 			add("remove the route, or the network and create it again with another --subnet", "network %d has subnets %v, over which this host has the route %s on %s: %s do not reach what is behind it", n.VNI, n.Prefixes(), r.Prefix, cmp.Or(r.Link, "no link"), who)

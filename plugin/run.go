@@ -198,9 +198,18 @@ func (p *process) serveRecords(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	keys, err := openWGKeys(filepath.Join(p.places.state, wgKeyFile), p.set.tunnelPort)
+	if err != nil {
+		return err
+	}
+	tunnel, err := keys.tunnel()
+	if err != nil {
+		return err
+	}
 	db, err := store.Open(filepath.Join(p.places.state, databaseFile), store.Host{
 		ID: identity.ID, Name: hostName(), PublicKey: identity.Key.Public().(ed25519.PublicKey),
 		Address: p.set.address, DataPort: p.set.dataPort, Version: buildVersion(), Scope: p.set.scope,
+		Public: p.set.public, Tunnel: tunnel,
 	})
 	if err != nil {
 		return err
@@ -211,7 +220,8 @@ func (p *process) serveRecords(ctx context.Context) error {
 		return err
 	}
 	p.gate.at("reading the kernel")
-	k, err := kernel.New(kernel.Config{Backend: p.set.iptables, Checksum: p.set.checksum, SysNet: p.sysnet(), Log: p.log})
+	k, err := kernel.New(kernel.Config{Backend: p.set.iptables, Checksum: p.set.checksum, SysNet: p.sysnet(),
+		WireGuard: p.set.wireguard, WireGuardKey: keys.private, Log: p.log})
 	if err != nil {
 		return fmt.Errorf("kernel: %w", err)
 	}
@@ -226,7 +236,8 @@ func (p *process) serveRecords(ctx context.Context) error {
 	c := newCluster(p, db, identity)
 	loop := dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt,
-		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Term: p.term.now.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Hold: holdPort, Log: p.log}),
+		rotator: &rotator{keys: keys, db: db, kernel: k, ask: make(chan struct{}, 1), log: p.log},
+		driver: driver.New(driver.Config{DB: db, Refuse: c.copied, Fits: func(n store.Network) error { return dataplane.Fits(n, loop.Underlay()) }, Keyed: len(p.set.key) > 0, Term: p.term.now.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Hold: holdPort, Log: p.log}),
 		ipam:   ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term.now.Load, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}
 	// Before the gate opens: nothing of what follows may come in between.
@@ -240,6 +251,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	tasks.Go(func() error { return p.swarm.run(ctx, db, c, p.log) })
 	tasks.Go(func() error { return driver.NewAudit(svc.driver, auditEvery, auditClock(p.places.state)).Run(ctx) })
 	tasks.Go(func() error { return svc.ipam.Run(ctx) })
+	tasks.Go(func() error { return svc.rotator.run(ctx, p.set.keyAge) })
 	tasks.Go(func() error { return reportReady(ctx, loop, p.log) })
 	p.gate.open(svc)
 	err = tasks.Wait()

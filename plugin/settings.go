@@ -12,6 +12,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // settings is what a host needs to start; docker plugin set changes it.
@@ -27,14 +28,23 @@ type settings struct {
 	checksum string // "auto", "on" or "off"
 	subnets  []netip.Prefix
 	scope    string // "local" or "global"
-	keyFile  string
-	keyText  string
+	public   netip.Addr
+	// Of WireGuard: "auto", "kernel" or "userspace"; UDP port, and the one after it;
+	// age at which the key is changed, 0 for never.
+	wireguard  string
+	tunnelPort uint16
+	keyAge     time.Duration
+	keyFile    string
+	keyText    string
 }
 
 const (
 	keySize         = 32
 	defaultPort     = 4796
 	defaultDataPort = 4797
+	// The port after it is used too, while a key changes.
+	defaultTunnelPort = 4798
+	leastKeyAge       = time.Hour
 )
 
 // setting is one row of the table from which settings are read and the README's
@@ -55,8 +65,12 @@ func settingTable() []setting {
 		{"WEFT_SCOPE", "local", "`global`: a Swarm's managers create networks for all its hosts (the same on all, in a Swarm alone; restart dockerd after a change from `global`); `local`: each host creates its own",
 			setWord(func(s *settings) *string { return &s.scope }, "local", "global")},
 		{"WEFT_ADDRESS", "", "address by which other hosts reach this one; empty: in a Swarm the one it advertises, else that of the default route", setAddress},
+		{"WEFT_PUBLIC_ADDRESS", "", "address by which hosts outside of this one's network reach it, where a NAT forwards its ports (`WEFT_PORT`, `WEFT_DATA_PORT`, `WEFT_WIREGUARD_PORT` and the one after it); empty: they use `WEFT_ADDRESS`", setPublic},
 		{"WEFT_PORT", strconv.Itoa(defaultPort), "port of gossip, UDP and TCP", setPort(func(s *settings) *uint16 { return &s.port })},
 		{"WEFT_DATA_PORT", strconv.Itoa(defaultDataPort), "port of VXLAN (UDP) and of records (TCP); the same on all hosts", setPort(func(s *settings) *uint16 { return &s.dataPort })},
+		{"WEFT_WIREGUARD_PORT", strconv.Itoa(defaultTunnelPort), "UDP port of WireGuard, for encrypted networks; the next one is used while a key changes", setTunnelPort},
+		{"WEFT_WIREGUARD", "auto", "`kernel` for the kernel's module, `userspace` for Weft's own; `auto` takes the module where there is one", setWord(func(s *settings) *string { return &s.wireguard }, "auto", "kernel", "userspace")},
+		{"WEFT_WIREGUARD_KEY_AGE", "720h", "age at which a host changes its WireGuard key, as `720h`; `0` for never", setKeyAge},
 		{"WEFT_LOG_LEVEL", "info", "`debug`, `info`, `warn` or `error`; the log goes to dockerd's",
 			func(s *settings, v string) error {
 				if err := s.level.UnmarshalText([]byte(v)); err != nil {
@@ -97,6 +111,11 @@ func parseSettings(getenv func(string) string, readFile func(string) ([]byte, er
 	}
 	if s.port == s.dataPort && s.port != 0 {
 		errs = append(errs, fmt.Errorf("settings WEFT_PORT and WEFT_DATA_PORT are both %d; both take TCP, so choose two ports", s.port))
+	}
+	for name, port := range map[string]uint16{"WEFT_PORT": s.port, "WEFT_DATA_PORT": s.dataPort} {
+		if s.tunnelPort != 0 && (port == s.tunnelPort || port == s.tunnelPort+1) {
+			errs = append(errs, fmt.Errorf("settings %s=%d and WEFT_WIREGUARD_PORT=%d clash: WireGuard takes its port and the next one (UDP)", name, port, s.tunnelPort))
+		}
 	}
 	if len(errs) > 0 {
 		return s, fmt.Errorf("%w; correct it with: docker plugin disable -f weft:latest && docker plugin set weft:latest NAME=VALUE && docker plugin enable weft:latest", errors.Join(errs...))
@@ -179,6 +198,39 @@ func setAddress(s *settings, v string) error {
 		return errors.New("is not an address by which other hosts reach this one; write it as 192.0.2.10 or 2001:db8::10")
 	}
 	s.address = a.Unmap()
+	return nil
+}
+
+func setPublic(s *settings, v string) error {
+	a, err := netip.ParseAddr(v)
+	shared := netip.MustParsePrefix("100.64.0.0/10") // RFC 6598, behind a provider's NAT
+	switch {
+	case err != nil || a.IsLoopback() || a.IsMulticast() || a.IsUnspecified() || a.Zone() != "":
+		return errors.New("is not an address by which hosts outside reach this one; write it as 192.0.2.10 or 2001:db8::10")
+	case a.IsPrivate() || a.IsLinkLocalUnicast() || shared.Contains(a.Unmap()):
+		return errors.New("is private, so hosts outside cannot reach it; give the address of the NAT that forwards to this host, or use WEFT_ADDRESS")
+	}
+	s.public = a.Unmap()
+	return nil
+}
+
+func setTunnelPort(s *settings, v string) error {
+	if err := setPort(func(s *settings) *uint16 { return &s.tunnelPort })(s, v); err != nil {
+		return err
+	}
+	if s.tunnelPort == 65535 {
+		return errors.New("has no port after it, which is used while a key changes; use 1 to 65534")
+	}
+	return nil
+}
+
+func setKeyAge(s *settings, v string) (err error) {
+	if s.keyAge, err = time.ParseDuration(v); err != nil {
+		return errors.New("is not a time; write it as 720h")
+	}
+	if s.keyAge < 0 || s.keyAge > 0 && s.keyAge < leastKeyAge {
+		return fmt.Errorf("is less than %s; a change takes some seconds, and traffic keys change every two minutes by themselves", leastKeyAge)
+	}
 	return nil
 }
 

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -33,7 +34,8 @@ func TestSettings(t *testing.T) {
 	for i := range key {
 		key[i] = byte(i)
 	}
-	plain := settings{port: 4796, dataPort: 4797, level: slog.LevelInfo, iptables: "auto", checksum: "auto", scope: "local"}
+	plain := settings{port: 4796, dataPort: 4797, level: slog.LevelInfo, iptables: "auto", checksum: "auto", scope: "local",
+		wireguard: "auto", tunnelPort: 4798, keyAge: 720 * time.Hour}
 	with := func(change func(*settings)) settings { s := plain; change(&s); return s }
 	for _, c := range []struct {
 		name  string
@@ -56,6 +58,10 @@ func TestSettings(t *testing.T) {
 			with(func(s *settings) {
 				s.iptables, s.checksum, s.level, s.metrics = "legacy", "off", slog.LevelDebug, ":9797"
 			})},
+		{"public address", map[string]string{"WEFT_PUBLIC_ADDRESS": "198.51.100.7"}, nil, with(func(s *settings) { s.public = netip.MustParseAddr("198.51.100.7") })},
+		{"wireguard", map[string]string{"WEFT_WIREGUARD": "Kernel", "WEFT_WIREGUARD_PORT": "51820", "WEFT_WIREGUARD_KEY_AGE": "0"}, nil, with(func(s *settings) {
+			s.wireguard, s.tunnelPort, s.keyAge = "kernel", 51820, 0
+		})},
 		{"scope", map[string]string{"WEFT_SCOPE": "GLOBAL"}, nil, with(func(s *settings) { s.scope = "global" })},
 		{"subnets", map[string]string{"WEFT_SUBNETS": "10.96.0.0/12,fd00:77::/48"}, nil, with(func(s *settings) {
 			s.subnets = []netip.Prefix{netip.MustParsePrefix("10.96.0.0/12"), netip.MustParsePrefix("fd00:77::/48")}
@@ -88,6 +94,16 @@ func TestWrongSettingsNameSettingValueAndRemedy(t *testing.T) {
 		{"WEFT_PORT", "65536", "1 to 65535"},
 		{"WEFT_PORT", "4797", "choose two ports"},
 		{"WEFT_DATA_PORT", "-1", "1 to 65535"},
+		{"WEFT_PUBLIC_ADDRESS", "10.0.0.1", "is private"},
+		{"WEFT_PUBLIC_ADDRESS", "100.64.0.1", "is private"},
+		{"WEFT_PUBLIC_ADDRESS", "fd00::1", "is private"},
+		{"WEFT_PUBLIC_ADDRESS", "gateway", "192.0.2.10"},
+		{"WEFT_WIREGUARD", "yes", "use auto, kernel or userspace"},
+		{"WEFT_WIREGUARD_PORT", "65535", "port after it"},
+		{"WEFT_WIREGUARD_PORT", "4796", "clash"},
+		{"WEFT_WIREGUARD_PORT", "0", "1 to 65535"},
+		{"WEFT_WIREGUARD_KEY_AGE", "daily", "720h"},
+		{"WEFT_WIREGUARD_KEY_AGE", "1s", "less than 1h"},
 		{"WEFT_LOG_LEVEL", "loud", "use debug, info, warn or error"},
 		{"WEFT_METRICS", "9797", "127.0.0.1:9797"},
 		{"WEFT_METRICS", "example.com:9797", "address of this host"},

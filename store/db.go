@@ -172,6 +172,29 @@ func (db *DB) SetAddress(a netip.Addr) {
 	}
 }
 
+// SetTunnel changes what peers need to encrypt to this host, and tells watchers of
+// HostVNI and of the encrypted networks.
+func (db *DB) SetTunnel(t Tunnel) error {
+	touched := map[VNI]bool{HostVNI: true}
+	err := db.View(func(tx *Tx) error {
+		nets, err := tx.Networks()
+		for _, n := range nets {
+			if n.Encrypted {
+				touched[n.VNI] = true
+			}
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	db.mu.Lock()
+	db.self.Tunnel = t
+	db.mu.Unlock()
+	db.notify(touched)
+	return nil
+}
+
 // Update runs fn in one read-write transaction: all of it is on disk when Update
 // returns nil, nothing of it otherwise. Watchers hear of the networks touched.
 func (db *DB) Update(ctx context.Context, fn func(*Tx) error) error {

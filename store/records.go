@@ -11,6 +11,7 @@ package store
 import (
 	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -80,6 +81,52 @@ type Host struct {
 	Version   string     `json:"version"`   // of the plugin
 	Scope     string     `json:"scope"`     // "local" or "global"; empty: a version that does not tell
 	Epoch     uint64     `json:"epoch"`     // of the owner's database; another value means "fetch all again"
+	// Public is the address by which hosts outside of its own network reach it, behind
+	// a NAT that forwards its ports; zero: Address.
+	Public netip.Addr `json:"public,omitzero"`
+	Tunnel Tunnel     `json:"tunnel,omitzero"`
+}
+
+// WGKey is a key of WireGuard (Curve25519), public or private.
+type WGKey [32]byte
+
+// Tunnel is what peers need to encrypt to a host with WireGuard. While a host changes
+// its key it has two, and each pair of hosts two ways: one of their first keys, one of
+// their last.
+type Tunnel struct {
+	Keys []WGKey `json:"keys,omitempty"` // public; one or two, none: a version that cannot
+	Port uint16  `json:"port,omitempty"` // UDP of the first way; the second has the next port
+	Last bool    `json:"last,omitempty"` // traffic takes the second way
+}
+
+// Rotating reports whether the host changes its key.
+func (t Tunnel) Rotating() bool { return len(t.Keys) > 1 }
+
+// Key returns the key of a way, 0 or 1. There must be one.
+func (t Tunnel) Key(way int) WGKey {
+	if way == 0 {
+		return t.Keys[0]
+	}
+	return t.Keys[len(t.Keys)-1]
+}
+
+// String is base64, as wg(8) has it.
+func (k WGKey) String() string { return base64.StdEncoding.EncodeToString(k[:]) }
+
+// IsZero reports whether there is no key.
+func (k WGKey) IsZero() bool { return k == WGKey{} }
+
+// MarshalText implements encoding.TextMarshaler.
+func (k WGKey) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (k *WGKey) UnmarshalText(text []byte) error {
+	b, err := base64.StdEncoding.DecodeString(string(text))
+	if err != nil || len(b) != len(k) {
+		return fmt.Errorf("%.60q is not a key of %d bytes in base64", text, len(k))
+	}
+	*k = WGKey(b)
+	return nil
 }
 
 // Peer is a foreign Host with what we know of its state.
@@ -117,6 +164,8 @@ type Network struct {
 	MTU      int       `json:"mtu,omitempty"` // bytes; 0 means underlay minus overhead
 	Internal bool      `json:"internal,omitempty"`
 	Subnets  []Subnet  `json:"subnets"`
+	// Encrypted: between hosts it goes by WireGuard alone.
+	Encrypted bool `json:"encrypted,omitempty"`
 	// NoMasquerade: what leaves a network whose gateway is ours keeps its address.
 	NoMasquerade bool              `json:"noMasquerade,omitempty"`
 	Ifname       string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
@@ -138,6 +187,13 @@ func (n Network) Prefixes() []netip.Prefix {
 	return out
 }
 
+// Routed reports whether hosts route to the network's endpoints: a bridge would need
+// frames between hosts.
+func (n Network) Routed() bool { return n.Mode == ModeRouted || n.Encrypted }
+
+// OwnGateway reports whether Weft leads out of the network, not Docker.
+func (n Network) OwnGateway() bool { return n.Mode == ModeRouted }
+
 // GatewayOf returns the gateway of the subnet that has the address, or the zero Addr.
 func (n Network) GatewayOf(a netip.Addr) netip.Addr {
 	for _, s := range n.Subnets {
@@ -152,7 +208,7 @@ func (n Network) GatewayOf(a netip.Addr) netip.Addr {
 func (n Network) Shared() SharedNetwork {
 	p := n.Prefixes()
 	slices.SortFunc(p, comparePrefix)
-	return SharedNetwork{VNI: n.VNI, Mode: n.Mode, Prefixes: p}
+	return SharedNetwork{VNI: n.VNI, Mode: n.Mode, Encrypted: n.Encrypted, Prefixes: p}
 }
 
 // Proof shows that a host holds the network's key; nil without one. It is of no
@@ -182,15 +238,16 @@ func (n Network) isRun(shared SharedNetwork, o PeerNetwork) bool {
 
 // SharedNetwork is what a host tells its peers of a network that it runs.
 type SharedNetwork struct {
-	VNI      VNI            `json:"vni"`
-	Mode     string         `json:"mode"`
-	Prefixes []netip.Prefix `json:"prefixes"`        // sorted
-	Proof    []byte         `json:"proof,omitempty"` // Network.Proof of the host
+	VNI       VNI            `json:"vni"`
+	Mode      string         `json:"mode"`
+	Encrypted bool           `json:"encrypted,omitempty"`
+	Prefixes  []netip.Prefix `json:"prefixes"`        // sorted
+	Proof     []byte         `json:"proof,omitempty"` // Network.Proof of the host
 }
 
 // Agrees reports whether two hosts may run n and o as one network.
 func (n SharedNetwork) Agrees(o SharedNetwork) bool {
-	return n.VNI == o.VNI && n.Mode == o.Mode && slices.Equal(n.Prefixes, o.Prefixes)
+	return n.VNI == o.VNI && n.Mode == o.Mode && n.Encrypted == o.Encrypted && slices.Equal(n.Prefixes, o.Prefixes)
 }
 
 // Endpoint is one container's interface on a network of this host.

@@ -23,6 +23,7 @@ type HostSnapshot struct {
 	Self     Host
 	Networks []Network
 	Peers    []Peer // that run one of the networks and are not hidden
+	Tunnels  []Peer // of those, that run an encrypted one
 	// Published are this host's endpoints with published ports, sorted by id, but for
 	// those that have left.
 	Published []Endpoint
@@ -85,7 +86,7 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 		if s.Networks, err = tx.Networks(); err != nil {
 			return err
 		}
-		if slices.ContainsFunc(s.Networks, func(n Network) bool { return n.Mode == ModeRouted }) {
+		if slices.ContainsFunc(s.Networks, func(n Network) bool { return n.OwnGateway() }) {
 			all, err := tx.AllEndpoints()
 			if err != nil {
 				return err
@@ -95,6 +96,9 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 		return tx.ofPeers(func(p Peer, r *peerRecords) {
 			if !p.Hidden && slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return runsOne(s.Networks, o) }) {
 				s.Peers = append(s.Peers, p)
+				if slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return o.Encrypted && runsOne(s.Networks, o) }) {
+					s.Tunnels = append(s.Tunnels, p)
+				}
 			}
 		})
 	})

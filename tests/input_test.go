@@ -180,12 +180,12 @@ func (s *socketTest) rows() []bodyRow {
 	post(createN, "exists", `{"NetworkID":%q,"IPv4Data":[%s]}`, n, goodPool)
 	for option, want := range map[string]string{`"vnii":"7"`: "did you mean vni", `"mtu":"-1"`: "MTU", `"mtu":"0"`: "MTU", `"mtu":"65536"`: "MTU", `"mtu":1400`: "text", `"vni":"0"`: "vni",
 		`"vni":"16777216"`: "16777216", `"vni":"; reboot"`: "vni", `"ifname":"$(x)"`: "ifname", `"ifname":"` + strings.Repeat("x", 65536) + `"`: "ifname", `"internal":"TRUE!"`: "internal",
-		`"mtu":"1400","weft.mtu":"1300"`: "contradict", `"encrypted":""`: "encrypt", "\"a`b\\n\":\"1\"": "not known"} {
+		`"mtu":"1400","weft.mtu":"1300"`: "contradict", `"encrypted":"perhaps"`: "encrypt", "\"a`b\\n\":\"1\"": "not known"} {
 		post(createN, want, newNetwork, goodPool, option)
 	}
 	post(createN, "generic", `{"NetworkID":%q,"IPv4Data":[%s],"Options":{"com.docker.network.generic":[]}}`, newID, goodPool)
 	// What a Swarm's manager asks, and what Docker tells of its hosts.
-	for options, want := range map[string]string{`"vnii":"7"`: "did you mean vni", `"encrypted":""`: "encrypt", `"weft.vni":"0"`: "vni", `"weft.key":"00"`: "key of 32 bytes", `"meet":"0.0.0.0"`: "address of a host",
+	for options, want := range map[string]string{`"vnii":"7"`: "did you mean vni", `"encrypted":"perhaps"`: "encrypt", `"weft.vni":"0"`: "vni", `"weft.key":"00"`: "key of 32 bytes", `"meet":"0.0.0.0"`: "address of a host",
 		`"vni":"5000","weft.vni":"5001"`: "contradict", fmt.Sprintf(`"vni":"%d"`, s.network.VNI): "belongs to Weft network"} {
 		post("NetworkDriver.AllocateNetwork", want, `{"NetworkID":%q,"Options":{%s},"IPv4Data":[%s]}`, newID, options, goodPool)
 	}

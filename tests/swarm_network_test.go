@@ -103,24 +103,36 @@ func (s *swarm) inspect(t *testing.T, all []*hosts.Host) {
 	}
 }
 
-// encrypted asks for what is not there yet: no task may run in the clear, and the
-// leader says why.
+// encrypted runs a service on an encrypted network of the Swarm, and looks for its
+// packets on the cable.
 func (s *swarm) encrypted(t *testing.T) {
-	h := s.leader(t, nil)
-	s.network(t, "secret", 35, "-o", "encrypted")
-	s.createService(t, h, "secret", "--network", "secret")
-	tells(t, h, "cannot encrypt between hosts")
-	tasks, err := h.Tasks(t.Context(), "secret")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, task := range tasks {
-		if task.State == "running" {
-			t.Errorf("a task runs in the clear on a network that should be encrypted: %+v", task)
+	var captures []*hosts.Capture
+	for _, h := range s.lab.Hosts {
+		c, err := s.lab.Underlay.Capture(t.Context(), h, "net 10.35.0.0/16")
+		if err != nil {
+			t.Fatal(err)
 		}
+		captures = append(captures, c)
 	}
+	s.network(t, "secret", 35, "-o", "encrypted")
+	tasks := s.service(t, "secret", 3, "--network", "secret")
+	s.mesh(t, "secret", tasks)
+	resolves(t, s.lab.Container(tasks[0]), "secret", "secret", tasks)
 	s.removeServices(t, "secret")
 	s.removeNetworks(t, "secret")
+	plain := 0
+	for _, c := range captures {
+		lines, err := c.Stop(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		plain += len(lines)
+		for _, l := range lines {
+			t.Errorf("plain on the cable: %s", l)
+		}
+	}
+	figure(t, "swarm: service on an encrypted network on "+s.name, 1, "%d tasks reach each other, %d plain packets (target 0)", len(tasks), plain)
+	s.forgotten(t)
 }
 
 // forgotten waits until no host knows a network or endpoint any more.

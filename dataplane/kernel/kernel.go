@@ -11,6 +11,7 @@
 //	link.go      links as the kernel tells them; linkput.go makes, linkgone.go removes them
 //	router.go    what makes a link a router's port
 //	route.go     routes of our table and the rules that lead to it
+//	tunnel.go    WireGuard devices and their peers; userspace.go those of this process
 //	entry.go     forwarding entries and neighbours
 //	set.go       sets
 //	rules.go     chains and jumps as iptables-save tells them; restore.go writes them
@@ -34,6 +35,7 @@ import (
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl"
 
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/store"
@@ -47,7 +49,12 @@ type Config struct {
 	// path itself, which is read-only inside a managed plugin). Without it,
 	// IPv6 stays enabled on bridges, and Read says so.
 	SysNet string
-	Log    *slog.Logger // default: slog.Default()
+	// WireGuard is "kernel" for the kernel's module, "userspace" for a device in this
+	// process, or "auto" (default) for the module where there is one.
+	WireGuard string
+	// WireGuardKey returns the private key of a public one of this host. nil: it has none.
+	WireGuardKey func(public store.WGKey) (private store.WGKey, ok bool)
+	Log          *slog.Logger // default: slog.Default()
 }
 
 // Kernel is the network namespace in which New was called. Its methods may be
@@ -69,20 +76,21 @@ type Kernel struct {
 	underlay atomic.Int32
 	// noSysctl: a failed write was logged.
 	noSysctl atomic.Bool
+	tunnels  tunnels
 }
 
 // New opens the kernel of the calling thread's network namespace. It fails when
 // the setting names no backend, or when iptables is not installed.
 func New(cfg Config) (_ *Kernel, err error) {
 	cfg.Backend, cfg.Checksum = cmp.Or(cfg.Backend, "auto"), cmp.Or(cfg.Checksum, "auto")
-	cfg.SysNet = cmp.Or(cfg.SysNet, "/proc/sys/net")
+	cfg.SysNet, cfg.WireGuard = cmp.Or(cfg.SysNet, "/proc/sys/net"), cmp.Or(cfg.WireGuard, "auto")
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
 	if !slices.Contains([]string{"auto", "on", "off"}, cfg.Checksum) {
 		return nil, fmt.Errorf("checksum offload %q is not known; use auto, on or off", cfg.Checksum)
 	}
-	k := &Kernel{cfg: cfg, log: cfg.Log}
+	k := &Kernel{cfg: cfg, log: cfg.Log, tunnels: tunnels{own: map[string]*ownDevice{}}}
 	defer func() {
 		if err != nil {
 			k.Close()
@@ -108,6 +116,9 @@ func New(cfg Config) (_ *Kernel, err error) {
 	if k.tool, err = ethtool.NewEthtool(); err != nil {
 		return nil, fmt.Errorf("open ethtool: %w", err)
 	}
+	if k.tunnels.client, err = wgctrl.New(); err != nil {
+		return nil, fmt.Errorf("open WireGuard: %w", err)
+	}
 	if k.ns, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 		return nil, err
 	}
@@ -117,7 +128,8 @@ func New(cfg Config) (_ *Kernel, err error) {
 	return k, nil
 }
 
-// Close releases the sockets. Calls after it fail.
+// Close releases the sockets, and ends the WireGuard devices of this process, of which
+// the links stay. Calls after it fail.
 func (k *Kernel) Close() {
 	if k.route != nil {
 		k.route.close()
@@ -134,6 +146,7 @@ func (k *Kernel) Close() {
 	if k.tool != nil {
 		k.tool.Close()
 	}
+	k.tunnels.close()
 	if k.ns != nil {
 		_ = k.ns.Close()
 	}
@@ -183,6 +196,9 @@ func (k *Kernel) readHost(ctx context.Context) (dataplane.Plan, error) {
 	if err := k.readRules(p); err != nil {
 		return nil, err
 	}
+	if err := k.readTunnels(p); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -190,7 +206,7 @@ func (k *Kernel) readHost(ctx context.Context) (dataplane.Plan, error) {
 type class int
 
 const (
-	classSet class = iota // and routing rules: one by one
+	classSet class = iota // also routing rules and peers of WireGuard: one by one
 	classRule
 	classLink
 	classLinkGone
@@ -208,7 +224,7 @@ func classOf(o dataplane.Op) class {
 		return classRoute
 	case dataplane.Neigh, dataplane.FDB:
 		return classEntry
-	case dataplane.RouteRule:
+	case dataplane.RouteRule, dataplane.TunnelPeer:
 		return classSet
 	}
 	if o.Verb == dataplane.Delete {
@@ -284,6 +300,10 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 			errs[i] = k.applySet(ctx, op.Verb, o)
 		case dataplane.RouteRule:
 			errs[i] = k.applyRule(ctx, op.Verb, o)
+		case dataplane.WireGuard:
+			errs[i] = k.putTunnel(o)
+		case dataplane.TunnelPeer:
+			errs[i] = k.applyPeer(op, o)
 		case dataplane.Bridge:
 			errs[i] = k.putBridge(o)
 		case dataplane.VXLAN:

@@ -21,7 +21,7 @@ func newKernel(t testing.TB, cfg kernel.Config) *kernel.Kernel {
 // open returns the kernel of the calling thread's namespace, until the test ends.
 func open(t testing.TB, cfg kernel.Config) *kernel.Kernel {
 	t.Helper()
-	cfg.Log = slog.New(slog.NewTextHandler(t.Output(), nil))
+	cfg.Log, cfg.WireGuardKey = slog.New(slog.NewTextHandler(t.Output(), nil)), kerneltest.WireGuardKey
 	k, err := kernel.New(cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink/nl"
@@ -78,6 +79,17 @@ func (l *link) vni() (store.VNI, bool) {
 		return 0, false
 	}
 	return dataplane.AliasVNI(l.alias)
+}
+
+// ours reports whether the link is ours: a network's, or a WireGuard device.
+func (l *link) ours() bool {
+	_, ok := l.vni()
+	return ok || l.isTunnel()
+}
+
+// isTunnel reports whether the link is a WireGuard device of ours.
+func (l *link) isTunnel() bool {
+	return slices.Contains(dataplane.TunnelNames[:], l.name) && l.alias == dataplane.TunnelAlias
 }
 
 // errNoLink says that a link is not there.

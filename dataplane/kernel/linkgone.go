@@ -24,7 +24,7 @@ func (k *Kernel) deleteLinks(ops []dataplane.Op) []error {
 	}
 	own, groups := map[string]bool{}, map[uint32]bool{}
 	for _, l := range links {
-		_, own[l.name] = l.vni()
+		own[l.name] = l.ours()
 		groups[l.group] = true
 	}
 	group := uint32(0x77656674) // "weft"
@@ -34,6 +34,7 @@ func (k *Kernel) deleteLinks(ops []dataplane.Op) []error {
 	var doomed []string
 	for _, op := range ops {
 		if name := op.Object.Key().Name; own[name] {
+			k.tunnels.end(name)
 			doomed = append(doomed, name)
 		}
 	}
@@ -57,9 +58,10 @@ func (k *Kernel) deleteLink(name string) error {
 	if err != nil {
 		return err
 	}
-	if _, ours := l.vni(); !ours {
+	if !l.ours() {
 		return nil
 	}
+	k.tunnels.end(name)
 	return k.remove(name)
 }
 

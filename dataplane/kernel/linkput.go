@@ -23,7 +23,7 @@ func (k *Kernel) own(name string) (*link, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, ok := l.vni(); !ok {
+	if !l.ours() {
 		return nil, fmt.Errorf("link %s exists but is not Weft's (its alias is %q); rename or remove it", name, l.alias)
 	}
 	return l, nil
@@ -45,7 +45,9 @@ func create(name, kind string, data *nl.RtAttr, more ...*nl.RtAttr) *nl.NetlinkR
 	}
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(unix.IFLA_INFO_KIND, []byte(kind))
-	info.AddChild(data)
+	if data != nil {
+		info.AddChild(data)
+	}
 	req.AddData(info)
 	return req
 }

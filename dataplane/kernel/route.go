@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -96,11 +97,20 @@ func (k *Kernel) readRoutes(p dataplane.Plan, names map[int32]string, v store.VN
 	if err != nil {
 		return err
 	}
+	var allowed map[netip.Prefix][2]store.WGKey // read if a route leads to a tunnel
 	for _, r := range all {
 		if store.VNI(r.metric) != v {
 			continue
 		}
 		o := dataplane.Route{VNI: v, Prefix: r.prefix, Link: names[r.link], Via: r.via}
+		if slices.Contains(dataplane.TunnelNames[:], o.Link) {
+			if allowed == nil {
+				if allowed, err = k.allowed(); err != nil {
+					return err
+				}
+			}
+			o.Peers = allowed[o.Prefix]
+		}
 		switch {
 		case r.kind == unix.RTN_BLACKHOLE:
 			o.Link = ""
@@ -115,11 +125,27 @@ func (k *Kernel) readRoutes(p dataplane.Plan, names map[int32]string, v store.VN
 // applyRoutes runs operations on routes in few sends.
 func (k *Kernel) applyRoutes(ops []dataplane.Op) []error {
 	errs := make([]error, len(ops))
+	// Who may send comes before the way there, and stays until nothing leads there.
+	if err := k.allow(ops); err != nil {
+		for i, op := range ops {
+			if o := op.Object.(dataplane.Route); op.Verb == dataplane.Put && o.Peers != [2]store.WGKey{} {
+				errs[i] = err
+			}
+		}
+	}
+	defer func() {
+		if err := k.forbid(ops); err != nil {
+			fill(errs, err)
+		}
+	}()
 	index := map[string]int32{}
 	var reqs []*nl.NetlinkRequest
 	var at []int // the op of each request
 	for i, op := range ops {
 		o := op.Object.(dataplane.Route)
+		if errs[i] != nil {
+			continue
+		}
 		if op.Verb == dataplane.Put && o.Link != "" {
 			if _, known := index[o.Link]; !known {
 				l, err := k.link(o.Link)
@@ -139,6 +165,23 @@ func (k *Kernel) applyRoutes(ops []dataplane.Op) []error {
 		errs[at[j]] = err
 	}
 	return errs
+}
+
+// peersBefore returns the peers that were allowed an address and no longer are.
+func peersBefore(op dataplane.Op) (gone [2]store.WGKey) {
+	var want [2]store.WGKey
+	was, _ := op.Old.(dataplane.Route)
+	if op.Verb == dataplane.Delete {
+		was = op.Object.(dataplane.Route)
+	} else {
+		want = op.Object.(dataplane.Route).Peers
+	}
+	for i := range gone {
+		if want[i].IsZero() { // else it moves to the new one
+			gone[i] = was.Peers[i]
+		}
+	}
+	return gone
 }
 
 func routeRequest(verb dataplane.Verb, o dataplane.Route, link int32) *nl.NetlinkRequest {

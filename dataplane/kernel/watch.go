@@ -253,6 +253,9 @@ func (w *watch) linkEvent(m message) []store.VNI {
 		return nil // counters, carrier
 	}
 	out := w.of(before.link.master, l.master)
+	if before.link.isTunnel() || l.isTunnel() {
+		out = append(out, store.HostVNI)
+	}
 	for _, v := range []store.VNI{before.vni, now.vni} {
 		if v != 0 {
 			out = append(out, v)

@@ -1,6 +1,8 @@
 package kerneltest
 
 import (
+	"crypto/ecdh"
+	"crypto/sha256"
 	"fmt"
 	"net/netip"
 
@@ -37,11 +39,14 @@ func (e Example) Plan() (dataplane.Plan, error) {
 
 // HostPlan returns what the kernel must hold for the host.
 func (e Example) HostPlan() dataplane.Plan {
-	var networks []store.Network
-	if e.Snapshot.Network != nil {
-		networks = append(networks, *e.Snapshot.Network)
+	s := store.HostSnapshot{Self: e.Snapshot.Self, Peers: e.Snapshot.Peers}
+	if n := e.Snapshot.Network; n != nil {
+		s.Networks = append(s.Networks, *n)
+		if n.Encrypted {
+			s.Tunnels = s.Peers
+		}
 	}
-	return dataplane.PlanHost(store.HostSnapshot{Self: e.Snapshot.Self, Networks: networks, Peers: e.Snapshot.Peers}, e.Underlay)
+	return dataplane.PlanHost(s, e.Underlay)
 }
 
 // Examples returns networks of all shapes, each with a VNI of its own.
@@ -74,7 +79,58 @@ func Examples() []Example {
 		{"routed, ipv6 link", Routed(Network(4109, 1, 2, 2, wide6, v4, v6)), wide6},
 		{"routed, no underlay", Routed(Network(4110, 2, 1, 1, dataplane.Underlay{}, v4)), dataplane.Underlay{}},
 		{"routed, no endpoints", Routed(Network(4111, 0, 0, 0, wide4, v4)), wide4},
+		{"encrypted", Encrypted(Network(4112, 2, 2, 3, under4, v4), 1), under4},
+		{"encrypted, routed, dual stack", Encrypted(Routed(Network(4113, 2, 2, 2, under4, v4, v6)), 1), under4},
+		{"encrypted, ipv6 underlay", Encrypted(Network(4114, 1, 2, 2, under6, v6), 1), under6},
+		{"encrypted, keys change", Encrypted(Network(4115, 2, 2, 2, under4, v4), 2), under4},
+		{"encrypted, no underlay", Encrypted(Network(4116, 2, 1, 1, dataplane.Underlay{}, v4), 1), dataplane.Underlay{}},
 	}
+}
+
+// TunnelPort is the UDP port of WireGuard in the examples.
+const TunnelPort = 4798
+
+// Encrypted makes the network an encrypted one, of hosts with that many keys each.
+func Encrypted(s store.Snapshot, keys int) store.Snapshot {
+	s.Network.Encrypted = true
+	s.Self.Tunnel = TunnelOf(s.Self.ID, keys)
+	for i := range s.Peers {
+		s.Peers[i].Tunnel = TunnelOf(s.Peers[i].ID, keys)
+	}
+	return s
+}
+
+// TunnelOf returns the tunnel of a host in the examples.
+func TunnelOf(host store.HostID, keys int) store.Tunnel {
+	t := store.Tunnel{Port: TunnelPort}
+	for i := range keys {
+		t.Keys = append(t.Keys, publicKey(privateKey(host, i)))
+	}
+	return t
+}
+
+func privateKey(host store.HostID, i int) store.WGKey {
+	return sha256.Sum256(fmt.Appendf(nil, "%s %d", host, i))
+}
+
+func publicKey(private store.WGKey) store.WGKey {
+	k, err := ecdh.X25519().NewPrivateKey(private[:])
+	if err != nil {
+		panic(err) // only the length can be wrong
+	}
+	return store.WGKey(k.PublicKey().Bytes())
+}
+
+// WireGuardKey returns the private key of a public one of the hosts in the examples.
+func WireGuardKey(public store.WGKey) (store.WGKey, bool) {
+	for _, host := range []store.HostID{"self", "peer0", "peer1", "peer2"} {
+		for i := range 2 {
+			if private := privateKey(host, i); publicKey(private) == public {
+				return private, true
+			}
+		}
+	}
+	return store.WGKey{}, false
 }
 
 // Routed makes the network a routed one.

@@ -46,6 +46,13 @@ func NewMemory(u dataplane.Underlay) *Memory {
 	return &Memory{objects: dataplane.Plan{}, foreign: map[dataplane.Key]bool{}, hardware: map[string]bool{u.Link: true}, underlay: u}
 }
 
+// Count returns the number of operations since the start.
+func (m *Memory) Count() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.count
+}
+
 // SetUnderlay changes what Underlay answers, and tells the watchers.
 func (m *Memory) SetUnderlay(u dataplane.Underlay) {
 	m.mu.Lock()
@@ -133,7 +140,7 @@ func (m *Memory) networks() []store.VNI {
 	all := map[store.VNI]bool{}
 	for k, o := range m.objects {
 		_, route := o.(dataplane.Route)
-		if (isLink(k.Kind) || route) && !m.foreign[k] {
+		if (isLink(k.Kind) && k.Kind != dataplane.KindWireGuard || route) && !m.foreign[k] {
 			all[m.network(o)] = true
 		}
 	}
@@ -224,8 +231,17 @@ func (m *Memory) refuse(o dataplane.Object) error {
 		}
 		return m.needBridge(o.Bridge)
 	case dataplane.Route:
-		if _, there := m.port(o.Link); o.Link != "" && !m.hardware[o.Link] && !there {
+		if _, there := m.port(o.Link); o.Link != "" && !m.hardware[o.Link] && !there && !m.tunnel(o.Link) {
 			return fmt.Errorf("link %s: no such link", o.Link)
+		}
+		for i, k := range o.Peers {
+			if !k.IsZero() && !m.tunnel(dataplane.TunnelNames[i]) {
+				return fmt.Errorf("WireGuard device %s: no such link", dataplane.TunnelNames[i])
+			}
+		}
+	case dataplane.TunnelPeer:
+		if !m.tunnel(o.Device) {
+			return fmt.Errorf("WireGuard device %s: no such link", o.Device)
 		}
 	case dataplane.Neigh:
 		if _, there := m.port(o.Link); there {
@@ -257,6 +273,12 @@ func (m *Memory) refuse(o dataplane.Object) error {
 		}
 	}
 	return nil
+}
+
+func (m *Memory) tunnel(name string) bool {
+	k := dataplane.Key{Kind: dataplane.KindWireGuard, Name: name}
+	_, there := m.objects[k]
+	return there && !m.foreign[k]
 }
 
 func (m *Memory) needBridge(name string) error {
@@ -320,6 +342,17 @@ func (m *Memory) remove(k dataplane.Key) error {
 		case dataplane.Route:
 			if isLink(k.Kind) && other.Link == k.Name {
 				delete(m.objects, key)
+				continue
+			}
+			for i, peer := range other.Peers { // who is gone may send nothing
+				if p, ok := o.(dataplane.TunnelPeer); k.Name == dataplane.TunnelNames[i] || ok && p.Device == dataplane.TunnelNames[i] && p.Public == peer {
+					other.Peers[i] = store.WGKey{}
+				}
+			}
+			m.objects[key] = other
+		case dataplane.TunnelPeer:
+			if k.Kind == dataplane.KindWireGuard && other.Device == k.Name {
+				delete(m.objects, key)
 			}
 		case dataplane.Jump:
 			if c, ok := o.(dataplane.Chain); ok && c.Table == other.Table && c.V6 == other.V6 && c.Name == other.To {
@@ -352,7 +385,7 @@ func (m *Memory) orphan(bridge string) {
 }
 
 func isLink(k dataplane.Kind) bool {
-	return k == dataplane.KindBridge || k == dataplane.KindVXLAN || k == dataplane.KindVeth
+	return k == dataplane.KindBridge || k == dataplane.KindVXLAN || k == dataplane.KindVeth || k == dataplane.KindWireGuard
 }
 
 // network returns the network of an object: what its link's alias says.

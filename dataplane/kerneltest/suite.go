@@ -19,9 +19,9 @@ import (
 func Suite(t *testing.T, newKernel func(t *testing.T) dataplane.Kernel) {
 	for i, e := range Examples() {
 		t.Run("round trip/"+e.Name, func(t *testing.T) { roundTrip(t, newKernel(t), e) })
-		// The host's objects hardly depend on the example, and each takes
+		// Else the host's objects hardly depend on the example, and each takes
 		// programs to run.
-		host := i == 0 || e.Underlay.Address.Is6()
+		host := i == 0 || e.Underlay.Address.Is6() || e.Snapshot.Network.Encrypted
 		t.Run("repair/"+e.Name, func(t *testing.T) { repair(t, newKernel(t), e, host) })
 		t.Run("change/"+e.Name, func(t *testing.T) { changed(t, newKernel(t), e, host) })
 	}
@@ -181,7 +181,7 @@ func variants(o dataplane.Object) []dataplane.Object {
 	switch o := o.(type) {
 	case dataplane.Bridge:
 		a, b, c, d := o, o, o, o
-		a.MTU, b.Up, c.MAC, d.Alias = 1300, false, mac, o.Alias+"x"
+		a.MTU, b.Up, c.MAC, d.Alias = 1300, !o.Up, mac, o.Alias+"x"
 		out = append(out, a, b, c, d)
 	case dataplane.VXLAN:
 		a, b, c, d, e, f := o, o, o, o, o, o
@@ -203,10 +203,25 @@ func variants(o dataplane.Object) []dataplane.Object {
 			out = append(out, e)
 		}
 	case dataplane.Route:
+		if a := o; !o.Peers[0].IsZero() {
+			a.Peers[0] = TunnelOf("peer2", 1).Keys[0]
+			out = append(out, a)
+		}
+		if b := o; !o.Peers[1].IsZero() {
+			b.Peers[1], b.Link = store.WGKey{}, dataplane.TunnelNames[1]
+			out = append(out, b)
+		}
 		if o.Via.IsValid() && o.Via.Is4() {
 			o.Via = netip.MustParseAddr("203.0.113.9")
 			out = append(out, o)
 		}
+	case dataplane.WireGuard:
+		a, b, c := o, o, o
+		a.MTU, b.Port, c.Public = 1300, o.Port+7, TunnelOf("peer2", 1).Keys[0]
+		out = append(out, a, b, c)
+	case dataplane.TunnelPeer:
+		o.Endpoints = "203.0.113.9:4798"
+		out = append(out, o)
 	case dataplane.Neigh:
 		o.MAC = mac
 		out = append(out, o)

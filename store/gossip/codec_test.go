@@ -43,6 +43,10 @@ func TestRecordRoundTrip(t *testing.T) {
 		func(r *record) { r.Name, r.Version = "", "" },
 		func(r *record) { r.Name = strings.Repeat("n", maxHostName) },
 		func(r *record) { r.Scope = "" },
+		func(r *record) { r.Public = netip.MustParseAddr("198.51.100.1") },
+		func(r *record) {
+			r.Tunnel, r.Public = store.Tunnel{Keys: []store.WGKey{{1}, {2}}, Port: 4798, Last: true}, netip.MustParseAddr("2001:db8::9")
+		},
 	} {
 		want := testRecord(id)
 		change(&want)
@@ -64,10 +68,11 @@ func TestRecordOfTheFirstVersionIsRead(t *testing.T) {
 	id := testIdentity(t)
 	want := testRecord(id)
 	wire := want.sign(id)
-	pub, body := wire[1:33], wire[recordHead:len(wire)-1-len(want.Scope)]
+	tunnel := len(appendTunnel(nil, want.Host))
+	pub, body := wire[1:33], wire[recordHead:len(wire)-tunnel-1-len(want.Scope)]
 	old := append([]byte{recordFormat}, pub...)
 	old = append(append(old, ed25519.Sign(id.Key, signed(pub, body))...), body...)
-	want.Scope = ""
+	want.Scope, want.Tunnel, want.Public = "", store.Tunnel{}, netip.Addr{}
 	got, err := parseRecord(old)
 	if err != nil {
 		t.Fatal(err)

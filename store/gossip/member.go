@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log"
 	"net/netip"
+	"reflect"
 	"sync/atomic"
 	"time"
 
@@ -123,9 +124,16 @@ func (c *Cluster) isAbsent(why string) {
 	c.absent = why
 }
 
-// watchAddress returns errMoved when this host's address is another one.
+// watchAddress returns errMoved when this host's address is another one. What else
+// changed in its record is sent.
 func (c *Cluster) watchAddress(ctx context.Context, addr netip.Addr) error {
 	for c.db.Self().Address == addr {
+		c.mu.Lock()
+		sent := reflect.DeepEqual(c.self.Tunnel, c.db.Self().Tunnel)
+		c.mu.Unlock()
+		if !sent {
+			poke(c.outbid)
+		}
 		select {
 		case <-ctx.Done():
 			return nil

@@ -31,6 +31,8 @@ type record struct {
 //	8 Counter, 8 Boot, 8 Epoch, 2 Port, 2 DataPort
 //	1+n address (n is 4 or 16), 1+n name, 1+n version
 //	1+n scope; records of the first version end before it
+//	1 number of WireGuard keys, 32 each, 2 UDP port, 1 flags (1: Tunnel.Last),
+//	1+n public address (n is 0, 4 or 16); records of the second version end before it
 //
 // A newer version may append fields; older ones ignore them.
 const (
@@ -67,6 +69,7 @@ func (r record) sign(id store.Identity) []byte {
 	for _, field := range []string{string(r.Address.AsSlice()), cut(r.Name, maxHostName), cut(r.Version, maxVersion), cut(r.Scope, maxScope)} {
 		body = append(append(body, byte(len(field))), field...)
 	}
+	body = appendTunnel(body, r.Host)
 	out := append([]byte{recordFormat}, pub...)
 	out = append(out, ed25519.Sign(id.Key, signed(pub, body))...)
 	return append(out, body...)
@@ -80,6 +83,7 @@ func signed(pub, body []byte) []byte {
 // record that parses is the word of the host that it names.
 func parseRecord(b []byte) (record, error) {
 	var r record
+	var err error
 	if len(b) > maxRecord {
 		return r, fmt.Errorf("host record has %d bytes, the limit is %d", len(b), maxRecord)
 	}
@@ -126,7 +130,59 @@ func parseRecord(b []byte) (record, error) {
 		return r, errors.New("scope in host record is too long or not text")
 	}
 	r.Address, r.Name, r.Version, r.Scope = addr, string(fields[1]), string(fields[2]), string(fields[3])
-	return r, nil
+	if len(rest) == 0 {
+		return r, nil // of the second version
+	}
+	r.Tunnel, r.Public, err = parseTunnel(rest)
+	return r, err
+}
+
+const (
+	maxKeys  = 2
+	flagLast = 1
+)
+
+func appendTunnel(body []byte, h store.Host) []byte {
+	keys := h.Tunnel.Keys[:min(len(h.Tunnel.Keys), maxKeys)]
+	body = append(body, byte(len(keys)))
+	for _, k := range keys {
+		body = append(body, k[:]...)
+	}
+	body = binary.BigEndian.AppendUint16(body, h.Tunnel.Port)
+	flags := byte(0)
+	if h.Tunnel.Last {
+		flags = flagLast
+	}
+	public := h.Public.AsSlice()
+	return append(append(body, flags, byte(len(public))), public...)
+}
+
+func parseTunnel(b []byte) (t store.Tunnel, public netip.Addr, err error) {
+	keys := int(b[0])
+	b = b[1:]
+	if keys > maxKeys || len(b) < 32*keys+4 {
+		return t, public, errors.New("WireGuard keys in host record are too many or cut off")
+	}
+	for range keys {
+		t.Keys = append(t.Keys, store.WGKey(b[:32]))
+		b = b[32:]
+	}
+	t.Port, t.Last = binary.BigEndian.Uint16(b), b[2]&flagLast != 0
+	n := int(b[3])
+	b = b[4:]
+	if len(b) < n {
+		return t, public, errors.New("public address in host record is cut off")
+	}
+	if n > 0 {
+		ok := false
+		if public, ok = netip.AddrFromSlice(b[:n]); !ok || public.Is4In6() || public.IsUnspecified() || public.IsMulticast() {
+			return t, public, errors.New("public address in host record is not that of a host")
+		}
+	}
+	if keys > 0 && (t.Port == 0 || t.Port == 65535) {
+		return t, public, errors.New("WireGuard port in host record is 0 or has none after it")
+	}
+	return t, public, nil
 }
 
 // printable keeps control characters of a stranger out of logs and terminals.

@@ -1,0 +1,224 @@
+package dataplane
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/weftnet/weft/store"
+)
+
+// TunnelNames are the host's WireGuard devices: of the first keys, and of the last
+// while a host changes its key (store.Tunnel).
+var TunnelNames = [2]string{tunnelPrefix + "0", tunnelPrefix + "1"}
+
+// TunnelAlias is the alias of both. They belong to no network.
+const TunnelAlias = AliasPrefix + "wireguard"
+
+// keepalive keeps NAT on the way open and shows that the way works, in seconds
+// (wg(8) recommends 25).
+const keepalive = 25
+
+// WireGuard is a device of the host that encrypts, for all its encrypted networks. What
+// the kernel does not have a module for, a device in this process does.
+type WireGuard struct {
+	Name   string
+	Public store.WGKey // key
+	Port   uint16      // UDP
+	MTU    int         // bytes
+	Up     bool
+}
+
+// TunnelPeer is a host to which a device encrypts. Its allowed addresses come with the
+// routes through the device (Route.Peers).
+type TunnelPeer struct {
+	Device    string
+	Public    store.WGKey // key
+	Endpoints string      // where it may be found, the likeliest first, separated by commas
+	// Talks: a handshake is not older than three minutes, so the endpoint in use is
+	// right whatever it is: it may have been learned from the peer's packets.
+	Talks bool
+	// Stray: it has allowed addresses to which no route of ours leads.
+	Stray bool
+}
+
+func (WireGuard) object()  {}
+func (TunnelPeer) object() {}
+
+// Key implements Object.
+func (o WireGuard) Key() Key { return Key{Kind: KindWireGuard, Name: o.Name} }
+
+// Key implements Object.
+func (o TunnelPeer) Key() Key { return Key{Kind: KindPeer, Name: o.Device + " " + o.Public.String()} }
+
+func (o WireGuard) String() string {
+	return fmt.Sprintf("link %s wireguard key %s port %d mtu %d %s alias %q", o.Name, o.Public, o.Port, o.MTU, updown(o.Up), TunnelAlias)
+}
+
+func (o TunnelPeer) String() string {
+	s := fmt.Sprintf("wg %s peer %s endpoint %s persistent-keepalive %d", o.Device, o.Public, o.Endpoints, keepalive)
+	if o.Stray {
+		s += " (allowed addresses without a route)"
+	}
+	return s
+}
+
+// TunnelOverhead returns the bytes that WireGuard adds to a packet: its header and tag
+// 32, UDP 8 and the outer IP header.
+func TunnelOverhead(underlay netip.Addr) int {
+	if underlay.Is6() {
+		return 80
+	}
+	return 60
+}
+
+// tunnelled reports whether two hosts can encrypt to each other.
+func tunnelled(a, b store.Host) bool {
+	return len(a.Tunnel.Keys) > 0 && len(b.Tunnel.Keys) > 0 && a.Tunnel.Keys[0] != b.Tunnel.Keys[0]
+}
+
+// planTunnels adds the devices and their peers. The second device is there while this
+// host or a peer of it changes its key.
+func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
+	self := s.Self.Tunnel
+	if !encrypted(s.Networks) || !u.Address.IsValid() || len(self.Keys) == 0 {
+		return
+	}
+	mtu := tunnelledMTU(u)
+	device := func(way int) {
+		p.Add(WireGuard{Name: TunnelNames[way], Public: self.Key(way), Port: self.Port + uint16(way), MTU: mtu, Up: true})
+	}
+	device(0)
+	if self.Rotating() {
+		device(1)
+	}
+	for _, peer := range s.Tunnels {
+		if !tunnelled(s.Self, peer.Host) {
+			continue
+		}
+		ways := 1
+		if self.Rotating() || peer.Tunnel.Rotating() {
+			device(1)
+			ways = 2
+		}
+		for way := range ways {
+			p.Add(TunnelPeer{Device: TunnelNames[way], Public: peer.Tunnel.Key(way), Endpoints: candidates(s.Self, peer.Host, uint16(way), u)})
+		}
+	}
+}
+
+// candidates returns where a peer may be found. Hosts behind one NAT, or on one link,
+// prefer the inside.
+func candidates(self, peer store.Host, way uint16, u Underlay) string {
+	all := []netip.Addr{peer.Public, peer.Address}
+	if !peer.Public.IsValid() || peer.Public == self.Public || u.Prefix.IsValid() && u.Prefix.Contains(peer.Address) {
+		slices.Reverse(all)
+	}
+	var out []string
+	for _, a := range all {
+		if a.IsValid() {
+			out = append(out, netip.AddrPortFrom(a, peer.Tunnel.Port+way).String())
+		}
+	}
+	return strings.Join(slices.Compact(out), ",")
+}
+
+func encrypted(networks []store.Network) bool {
+	return slices.ContainsFunc(networks, func(n store.Network) bool { return n.Encrypted })
+}
+
+func tunnelledMTU(u Underlay) int {
+	if u.MTU > TunnelOverhead(u.Address)+minMTU {
+		return u.MTU - TunnelOverhead(u.Address)
+	}
+	return 1500 - TunnelOverhead(u.Address)
+}
+
+// Fits returns why a network cannot be run on the underlay, or nil.
+func Fits(n store.Network, u Underlay) error {
+	if !n.Encrypted || !u.Address.IsValid() {
+		return nil
+	}
+	room := tunnelledMTU(u)
+	if n.MTU > room {
+		return fmt.Errorf("option mtu: %d does not fit: WireGuard adds %d bytes, and link %s has %d; choose at most %d", n.MTU, TunnelOverhead(u.Address), u.Link, u.MTU, room)
+	}
+	if room < 1280 && len(pools(true, n)) > 0 {
+		return fmt.Errorf("IPv6 needs packets of 1280 bytes, and WireGuard leaves %d of the %d of link %s; raise its MTU, or give the network no IPv6 subnet", room, u.MTU, u.Link)
+	}
+	return nil
+}
+
+// planEncrypted adds the ways to the peers' endpoints of an encrypted network. Where
+// two records claim one address, the choice is that of planPeers.
+func planEncrypted(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) {
+	// Nothing is on it: its alias keeps the network for a host that lost its database.
+	p.Add(Bridge{Name: BridgeName(s.Network.VNI), Alias: NetworkAlias(*s.Network), MAC: store.DeriveMAC("bridge", string(s.Self.ID), BridgeName(s.Network.VNI)), MTU: MTU(*s.Network, u), Closed: true})
+	if !u.Address.IsValid() {
+		return
+	}
+	peers, dead := map[store.HostID]store.Peer{}, map[store.HostID]bool{}
+	for _, peer := range s.Peers {
+		if tunnelled(s.Self, peer.Host) {
+			peers[peer.ID] = peer
+			dead[peer.ID] = !peer.DeadSince.IsZero()
+		}
+	}
+	for _, e := range byClaim(s.Remote, dead) {
+		peer, ok := peers[e.Owner]
+		if !ok {
+			continue
+		}
+		r := Route{VNI: s.Network.VNI, Link: TunnelNames[0], Peers: [2]store.WGKey{peer.Tunnel.Key(0)}}
+		if s.Self.Tunnel.Rotating() || peer.Tunnel.Rotating() {
+			r.Peers[1] = peer.Tunnel.Key(1)
+			if s.Self.Tunnel.Last || peer.Tunnel.Last {
+				r.Link = TunnelNames[1]
+			}
+		}
+		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
+			if a.IsValid() && !taken[a] {
+				taken[a] = true
+				r.Prefix = netip.PrefixFrom(a, a.BitLen())
+				p.Add(r)
+			}
+		}
+	}
+}
+
+// encryptedForward lets the endpoints of an encrypted network talk among themselves, on
+// this host and through the tunnels, and nowhere else: also what belongs to a known
+// connection must not come or go plain.
+func encryptedForward(v6 bool, networks []store.Network) (rules []string) {
+	for _, n := range routedNetworks(v6, networks) {
+		if !n.Encrypted {
+			continue
+		}
+		for _, a := range pools(v6, n) {
+			for _, b := range pools(v6, n) {
+				for _, way := range [][2]string{{vethPrefix, vethPrefix}, {vethPrefix, tunnelPrefix}, {tunnelPrefix, vethPrefix}} {
+					rules = append(rules, fmt.Sprintf("-i %s+ -o %s+ -s %s -d %s -j ACCEPT", way[0], way[1], a, b))
+				}
+				rules = append(rules, fmt.Sprintf("-s %s -d %s -j DROP", a, b))
+			}
+		}
+	}
+	if len(rules) > 0 {
+		rules = append(rules, "-i "+tunnelPrefix+"+ -j DROP", "-o "+tunnelPrefix+"+ -j DROP")
+	}
+	return rules
+}
+
+// encryptedGuard drops plain packets of an encrypted network on arrival, beside what
+// encryptedForward drops.
+func encryptedGuard(v6 bool, networks []store.Network) (rules []string) {
+	for _, n := range routedNetworks(v6, networks) {
+		for _, a := range pools(v6, n) {
+			if n.Encrypted {
+				rules = append(rules, fmt.Sprintf("! -i %s+ -s %s -j DROP", LinkPrefix, a), fmt.Sprintf("! -i %s+ -d %s -j DROP", LinkPrefix, a))
+			}
+		}
+	}
+	return rules
+}
