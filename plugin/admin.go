@@ -21,7 +21,7 @@ import (
 // adminLimit bounds a request on the admin socket.
 const adminLimit = 20 * time.Second
 
-// adminHandler returns the admin API. It only reads.
+// adminHandler returns the admin API. A GET only reads.
 func (p *process) adminHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", p.metrics.handler())
@@ -32,8 +32,8 @@ func (p *process) adminHandler() http.Handler {
 		s, err := p.status()
 		answer(w, s, err)
 	})
-	on := func(path string, fn func(context.Context, *services, *http.Request) (any, error)) {
-		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
+	handle := func(pattern string, fn func(context.Context, *services, *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			ctx, cancel := context.WithTimeout(r.Context(), adminLimit)
 			defer cancel()
 			svc, err := p.gate.wait(ctx)
@@ -45,6 +45,9 @@ func (p *process) adminHandler() http.Handler {
 			answer(w, v, err)
 		})
 	}
+	on := func(path string, fn func(context.Context, *services, *http.Request) (any, error)) {
+		handle("GET "+path, fn)
+	}
 	on("/v1/networks", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.networks() })
 	on("/v1/endpoints", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.endpoints() })
 	on("/v1/peers", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.peers() })
@@ -52,6 +55,8 @@ func (p *process) adminHandler() http.Handler {
 	on("/v1/plan", func(ctx context.Context, s *services, r *http.Request) (any, error) {
 		return s.plan(ctx, r.URL.Query().Get("network"))
 	})
+	on("/v1/encryption", func(ctx context.Context, s *services, _ *http.Request) (any, error) { return s.encryption(ctx) })
+	handle("POST /v1/encryption/rotate", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.changeKey() })
 	on("/v1/audit", func(ctx context.Context, s *services, _ *http.Request) (any, error) { return s.audit(ctx) })
 	return mux
 }
@@ -322,16 +327,21 @@ func endpointState(e store.Endpoint, missing []store.EndpointID) string {
 func (s *services) peers() ([]peerReply, error) {
 	out := []peerReply{}
 	err := s.db.View(func(tx *store.Tx) error {
+		own, err := tx.Networks()
+		if err != nil {
+			return err
+		}
 		all, err := tx.Peers()
 		if err != nil {
 			return err
 		}
 		for _, p := range all {
-			r := peerReply{Peer: p, Alive: p.DeadSince.IsZero(), Networks: []store.VNI{}, Way: dataplane.Way(p, s.loop.Underlay())}
+			r := peerReply{Peer: p, Alive: p.DeadSince.IsZero(), Networks: []store.VNI{}}
 			nets, err := tx.PeerNetworks(p.ID)
 			if err != nil {
 				return err
 			}
+			r.Way = way(p, own, nets, s.loop.Underlay())
 			for _, n := range nets {
 				r.Networks = append(r.Networks, n.VNI)
 			}
@@ -353,6 +363,27 @@ func (s *services) peers() ([]peerReply, error) {
 		}
 	}
 	return out, err
+}
+
+// way returns in words how packets go to a peer: of routed networks, and of encrypted
+// ones if they share any.
+func way(p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplane.Underlay) string {
+	plain, crypt := false, false
+	for _, n := range own {
+		for _, o := range nets {
+			if n.Runs(o) {
+				crypt, plain = crypt || n.Encrypted, plain || !n.Encrypted
+			}
+		}
+	}
+	switch text := dataplane.Way(p, u); {
+	case crypt && plain:
+		return text + ",wireguard"
+	case crypt:
+		return "wireguard"
+	default:
+		return text
+	}
 }
 
 // find returns the network that a user means: "host", a VNI, or the beginning of

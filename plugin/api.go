@@ -28,6 +28,7 @@ type statusReply struct {
 	Encrypted bool          `json:"encrypted"` // gossip and records
 	Records   recordCounts  `json:"records"`
 	Loop      loopReply     `json:"loop,omitzero"`
+	Tunnels   []tunnelReply `json:"tunnels,omitempty"` // WireGuard devices
 	Rebuilt   string        `json:"rebuilt,omitempty"`
 }
 
@@ -112,7 +113,7 @@ type peerReply struct {
 	InSync   bool        `json:"inSync"`
 	LastErr  string      `json:"lastErr,omitempty"`
 	Networks []store.VNI `json:"networks"`
-	Way      string      `json:"way"` // of routed networks: "direct" (a plain route) or "vxlan"
+	Way      string      `json:"way"` // of routed networks: "direct" (a plain route) or "vxlan"; of encrypted ones "wireguard"
 }
 
 // poolReply is one entry of GET /v1/ipam.

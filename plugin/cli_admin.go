@@ -90,11 +90,20 @@ func (e *httpError) Error() string { return e.text }
 
 // ask gets a path of the admin API.
 func ask[T any](ctx context.Context, a *adminClient, path string) (T, error) {
+	return request[T](ctx, a, http.MethodGet, path)
+}
+
+// tell posts to a path of the admin API.
+func tell[T any](ctx context.Context, a *adminClient, path string) (T, error) {
+	return request[T](ctx, a, http.MethodPost, path)
+}
+
+func request[T any](ctx context.Context, a *adminClient, method, path string) (T, error) {
 	var v T
 	if err := a.find(); err != nil {
 		return v, err
 	}
-	raw, err := getUnix(ctx, a.path, path, adminLimit+5*time.Second)
+	raw, err := overUnix(ctx, a.path, method, path, adminLimit+5*time.Second)
 	var bad *httpError
 	switch {
 	case errors.As(err, &bad):
@@ -118,12 +127,16 @@ func ask[T any](ctx context.Context, a *adminClient, path string) (T, error) {
 
 // getUnix gets a path from an HTTP server on a Unix socket.
 func getUnix(ctx context.Context, socket, path string, limit time.Duration) ([]byte, error) {
+	return overUnix(ctx, socket, http.MethodGet, path, limit)
+}
+
+func overUnix(ctx context.Context, socket, method, path string, limit time.Duration) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://weft"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://weft"+path, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -74,6 +74,9 @@ func printStatus(c *cli, s statusReply, swarm string) {
 		[]string{"iptables", orDash(s.IPTables)},
 		[]string{"hosts", clusterText(s)},
 	)
+	for _, d := range s.Tunnels {
+		rows = append(rows, []string{"encryption", fmt.Sprintf("%s by %s, UDP port %d", d.Name, by(d.Module), d.Port)})
+	}
 	if swarm != "" {
 		rows = append(rows, []string{"swarm", swarm})
 	}

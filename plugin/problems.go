@@ -44,6 +44,11 @@ func (p *process) status() (statusReply, error) {
 	if s.Swarm, err = svc.swarm(); err != nil {
 		return s, err
 	}
+	crypt, err := svc.encryption(context.Background())
+	if err != nil {
+		return s, err
+	}
+	s.Tunnels = crypt.Devices
 	nets, err := svc.networks()
 	if err != nil {
 		return s, err
@@ -64,7 +69,7 @@ func (p *process) status() (statusReply, error) {
 		clusterErr = errors.New(heard.Err)
 	}
 	s.Problems = append(s.Problems, problems(view{
-		status: s, networks: nets, routes: routes, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"], refused: svc.driver.Refusals(),
+		status: s, networks: nets, routes: routes, encryption: crypt, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"], refused: svc.driver.Refusals(),
 		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), xtablesShared: !isDevice(xtablesLock),
 	})...)
 	return s, nil
@@ -84,6 +89,7 @@ type view struct {
 	status        statusReply
 	networks      []networkReply
 	routes        []kernel.Route
+	encryption    encryptionReply
 	peers         []peerReply
 	passes        []dataplane.NetworkStatus
 	clusterErr    error
@@ -170,6 +176,7 @@ func problems(v view) []problem {
 		out[len(out)-1].Network = id
 	}
 	out = append(out, v.clusterProblems()...)
+	out = append(out, v.encryptionProblems()...)
 	if v.status.IPTables == "legacy" && !v.xtablesShared {
 		add("echo 'f /run/xtables.lock 0600' > /etc/tmpfiles.d/xtables.conf && systemd-tmpfiles --create && docker plugin disable -f weft:latest && docker plugin set weft:latest xtables.source=/run/xtables.lock && docker plugin enable weft:latest",
 			"iptables is legacy, and its lock is not shared with the host: rules that Docker and Weft write at the same moment can get lost")
@@ -217,6 +224,34 @@ func (v view) clusterProblems() (out []problem) {
 	if (len(v.status.Join) > 0 || v.status.Swarm.Self.IsValid()) && !v.status.Encrypted {
 		out = append(out, problem{Advice: true, Text: "what hosts tell each other is neither encrypted nor closed to strangers: no key is set",
 			Remedy: "set the same WEFT_KEY_FILE or WEFT_KEY on all hosts"})
+	}
+	return out
+}
+
+// unansweredFor is how long a living peer may not answer on its tunnel before that is a
+// problem: a handshake is tried every five seconds.
+const unansweredFor = 20 * time.Second
+
+func (v view) encryptionProblems() (out []problem) {
+	alive := map[store.HostID]bool{}
+	for _, p := range v.peers {
+		alive[p.ID] = p.Alive
+	}
+	port := uint16(0)
+	for _, d := range v.encryption.Devices {
+		if port == 0 {
+			port = d.Port
+		}
+		if !d.Module {
+			out = append(out, problem{Advice: true, Text: d.Name + ": Weft encrypts itself, which is slower than the kernel's WireGuard and pauses for a moment when the plugin is replaced",
+				Remedy: "modprobe wireguard && echo wireguard > /etc/modules-load.d/wireguard.conf; it is used from the plugin's next start"})
+		}
+	}
+	for _, p := range v.encryption.Peers {
+		if p.State != "on" && alive[p.ID] && time.Since(v.status.Started) > unansweredFor {
+			out = append(out, problem{Text: fmt.Sprintf("nothing of the encrypted networks reaches host %s: it %s", p.Host, p.State),
+				Remedy: fmt.Sprintf("open UDP ports %d and %d between the hosts; compare weft encryption on both", port, port+1)})
+		}
 	}
 	return out
 }

@@ -38,7 +38,7 @@ func (r *rotator) run(ctx context.Context, age time.Duration) error {
 	look := time.NewTicker(agePoll)
 	defer look.Stop()
 	for {
-		if st := r.keys.state(); len(st.Keys) > 1 || st.Last {
+		if r.keys.state().rotates() {
 			if err := r.finish(ctx); err != nil && ctx.Err() == nil {
 				r.log.Error("the WireGuard key is not changed; trying on", "err", err)
 			}

@@ -42,6 +42,9 @@ type wgKeyState struct {
 	Last bool    `json:"last,omitempty"`
 }
 
+// rotates reports whether the key is being changed.
+func (s wgKeyState) rotates() bool { return len(s.Keys) > 1 || s.Last }
+
 type wgKey struct {
 	Private store.WGKey `json:"private"`
 	Made    time.Time   `json:"made"`

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net/netip"
+	"net"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,7 +52,8 @@ type encrypted struct {
 	lab      *hosts.Lab
 	first    []hosts.Inventory
 	captures []*hosts.Capture
-	sent     int // packets with the marker
+	sent     int   // packets with the marker, one by one
+	flooded  int64 // and as a flood
 }
 
 // watch captures all that the hosts send, from before the first network to after the
@@ -114,8 +117,151 @@ func (e *encrypted) send(t *testing.T, from hosts.Container, to string) {
 	})
 }
 
+// flood sends the marker from every container to every other one, a hundred times a
+// second, until the test ends. It returns how many were sent.
+func (e *encrypted) flood(t *testing.T) (sent func() int64) {
+	var count atomic.Int64
+	ctx, stop := context.WithCancel(t.Context())
+	var wait sync.WaitGroup
+	t.Cleanup(func() { stop(); wait.Wait() })
+	var to []*net.UDPAddr
+	for i, h := range e.lab.Hosts {
+		for _, name := range []string{"enc", "encr"} {
+			to = append(to, &net.UDPAddr{IP: addressOf(t, hosts.Container{Host: h, Name: name}, name).AsSlice(), Port: 7777})
+		}
+		to = append(to, &net.UDPAddr{IP: net.ParseIP(fmt.Sprintf("fd00:91::a%d", i+1)), Port: 7777})
+	}
+	for _, h := range e.lab.Hosts {
+		for _, name := range []string{"enc", "encr"} {
+			var c *net.UDPConn
+			if err := inside(t, hosts.Container{Host: h, Name: name}, func() (err error) {
+				c, err = net.ListenUDP("udp", nil)
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+			wait.Go(func() {
+				defer c.Close()
+				for tick := time.NewTicker(10 * time.Millisecond); ctx.Err() == nil; <-tick.C {
+					for _, a := range to {
+						if _, err := c.WriteToUDP([]byte(marker), a); err == nil {
+							count.Add(1)
+						}
+					}
+				}
+			})
+		}
+	}
+	return count.Load
+}
+
+// faults takes away what encrypts, piece by piece and all at once, while containers
+// send.
 func (e *encrypted) faults(t *testing.T) {
-	_ = netip.Addr{}
+	sent := e.flood(t)
+	a, b := e.lab.Hosts[0], e.lab.Hosts[1]
+	from, to := hosts.Container{Host: a, Name: "encr"}, hosts.Container{Host: b, Name: "encr"}
+	address := addressOf(t, to, "encr")
+	e.rotations(t, startProbe(t, from, to, address))
+
+	probe := startProbe(t, from, to, address)
+	kills := 2
+	if soak() {
+		kills = 50
+	}
+	for i := range kills {
+		kill := a.KillPlugin
+		if i%2 == 1 {
+			kill = a.KillPluginParent
+		}
+		pid, err := kill(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.WaitPlugin(t.Context(), pid); err != nil {
+			t.Fatal(err)
+		}
+		reach(t, from, address.String())
+		time.Sleep(2 * time.Second)
+	}
+	report, _ := probe.Stop()
+	figure(t, "encrypted: plugin killed on "+e.name, kills, "%d of %d packets lost, longest gap %s (userspace WireGuard: target 2 s)", report.Lost, report.Sent, report.Gap.Round(time.Millisecond))
+
+	faults := []string{
+		"ip link del weftw0", "ip link set weftw0 down", "ip link set weftw0 mtu 1300",
+		"iptables -t raw -F; iptables -t filter -F; iptables -t nat -F", "ip6tables -t raw -F; ip6tables -t filter -F",
+		"ip route flush table 4796; ip -6 route flush table 4796", "ip rule del pref 4796; ip -6 rule del pref 4796",
+		"ip rule del pref 4796; iptables -t filter -F; iptables -t raw -F",
+		"ip link del weftw0; ip route flush table 4796; iptables -t filter -F; iptables -t raw -F",
+	}
+	for _, fault := range faults {
+		if _, err := a.Exec(t.Context(), "sh", "-c", fault); err != nil {
+			t.Fatalf("%s: %v", fault, err)
+		}
+		eventually(t, 30*time.Second, "repaired after "+fault, func(ctx context.Context) error {
+			if out, err := a.Exec(ctx, "weft", "audit"); err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		})
+		reach(t, from, address.String())
+		reach(t, from, "fd00:91::a2")
+		reach(t, to, addressOf(t, from, "encr").String())
+	}
+	// Without a plugin nothing is encrypted, and nothing leaves.
+	docker(t, a, "plugin", "disable", "--force", hosts.PluginName)
+	time.Sleep(2 * time.Second)
+	silent(t, from, address.String())
+	docker(t, a, "plugin", "enable", hosts.PluginName)
+	e.allTalk(t)
+	figure(t, "encrypted: faults on "+e.name, len(faults)+1, "repaired; %d packets with the marker sent meanwhile", sent())
+	e.flooded = sent()
+}
+
+// rotations changes the keys of all hosts, of one after the other and of several at
+// once, while a probe counts.
+func (e *encrypted) rotations(t *testing.T, probe *hosts.Probe) {
+	before := map[string]bool{}
+	turns := 1
+	if soak() {
+		turns = 20
+	}
+	done := 0
+	for range turns {
+		for _, group := range [][]*hosts.Host{e.lab.Hosts[:1], e.lab.Hosts[1:2], e.lab.Hosts} {
+			for _, h := range group {
+				before[e.key(t, h)] = true
+				if out, err := h.Exec(t.Context(), "weft", "encryption", "rotate"); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
+				done++
+			}
+			for _, h := range group {
+				eventually(t, 60*time.Second, "host "+h.Name+" has another key", func(ctx context.Context) error {
+					v := view[encryptionView](t, h, "encryption")
+					if v.Changes || len(v.Devices) != 1 || before[v.Devices[0].Key] {
+						return fmt.Errorf("it has %+v", v)
+					}
+					return nil
+				})
+			}
+		}
+	}
+	report := lossless(t, probe)
+	figure(t, "encrypted: key changed on "+e.name, done, "%d of %d packets lost (target 0)", report.Lost, report.Sent)
+}
+
+func (e *encrypted) key(t *testing.T, h *hosts.Host) string {
+	t.Helper()
+	return view[encryptionView](t, h, "encryption").Devices[0].Key
+}
+
+type encryptionView struct {
+	Devices []struct {
+		Name string
+		Key  string
+	}
+	Changes bool
 }
 
 // nothingPlain looks for the marker, and for addresses of the networks, in what the
@@ -147,7 +293,7 @@ func (e *encrypted) nothingPlain(t *testing.T) {
 	if wireguard == 0 {
 		t.Error("no packet of WireGuard on the underlay")
 	}
-	figure(t, "encrypted: plain packets on the underlay on "+e.name, e.sent, "%d of %d captured packets of WireGuard beside them (target 0)", plain, wireguard)
+	figure(t, "encrypted: plain packets on the underlay on "+e.name, e.sent+int(e.flooded), "%d, beside %d of WireGuard (target 0)", plain, wireguard)
 	if plain > 0 {
 		t.Errorf("%d packets on the underlay are plain", plain)
 	}

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel"
+	"github.com/weftnet/weft/store"
+)
+
+// encryptionReply answers GET /v1/encryption.
+type encryptionReply struct {
+	Devices []tunnelReply     `json:"devices"` // none: this host runs no encrypted network
+	KeyMade time.Time         `json:"keyMade"`
+	Changes bool              `json:"changes"` // the key is being changed
+	Peers   []tunnelPeerReply `json:"peers"`   // hosts that run an encrypted network of this one
+}
+
+// tunnelReply is a WireGuard device of this host.
+type tunnelReply struct {
+	Name   string      `json:"name"`
+	Module bool        `json:"module"` // the kernel's; else Weft's own
+	Key    store.WGKey `json:"key"`    // public
+	Port   uint16      `json:"port"`
+}
+
+// tunnelPeerReply is a way to a peer.
+type tunnelPeerReply struct {
+	Host      string         `json:"host"`
+	ID        store.HostID   `json:"id"`
+	State     string         `json:"state"`            // "on", "waits" (for an answer), or why not
+	Device    string         `json:"device,omitempty"` // "" while there is none
+	Key       store.WGKey    `json:"key,omitzero"`
+	Endpoint  netip.AddrPort `json:"endpoint,omitzero"`
+	Handshake time.Time      `json:"handshake,omitzero"` // the last one
+	Received  int64          `json:"received"`           // bytes
+	Sent      int64          `json:"sent"`
+	Addresses int            `json:"addresses"` // that it may send from
+}
+
+func (s *services) encryption(ctx context.Context) (encryptionReply, error) {
+	keys := s.rotator.keys.state()
+	r := encryptionReply{Devices: []tunnelReply{}, Peers: []tunnelPeerReply{}, KeyMade: keys.Keys[len(keys.Keys)-1].Made, Changes: len(keys.Keys) > 1}
+	devices, err := s.kernel.Tunnels(ctx)
+	if err != nil {
+		return r, err
+	}
+	for _, d := range devices {
+		r.Devices = append(r.Devices, tunnelReply{Name: d.Name, Module: d.Module, Key: d.Public, Port: d.Port})
+	}
+	host, err := s.db.HostSnapshot()
+	if err != nil {
+		return r, err
+	}
+	for _, p := range host.Tunnels {
+		r.Peers = append(r.Peers, tunnelsTo(p, devices)...)
+	}
+	return r, nil
+}
+
+// tunnelsTo returns the ways to a peer: two while a key changes.
+func tunnelsTo(p store.Peer, devices []kernel.Tunnel) (out []tunnelPeerReply) {
+	none := tunnelPeerReply{Host: p.Name, ID: p.ID, State: "waits for its device"}
+	if len(p.Tunnel.Keys) == 0 {
+		none.State = fmt.Sprintf("its version (%s) cannot encrypt", p.Version)
+		return append(out, none)
+	}
+	for way, name := range dataplane.TunnelNames {
+		for _, d := range devices {
+			for _, t := range d.Peers {
+				if d.Name != name || t.Public != p.Tunnel.Key(way) {
+					continue
+				}
+				r := none
+				r.State = "waits for its answer"
+				if t.Talks() {
+					r.State = "on"
+				}
+				r.Device, r.Key, r.Endpoint, r.Handshake = name, t.Public, t.Endpoint, t.Handshake
+				r.Received, r.Sent, r.Addresses = t.Received, t.Sent, t.Allowed
+				out = append(out, r)
+			}
+		}
+	}
+	if len(out) == 0 {
+		out = append(out, none)
+	}
+	return out
+}
+
+// changeKey asks for a new key of this host.
+func (s *services) changeKey() (struct{}, error) {
+	if s.rotator.keys.state().rotates() {
+		return struct{}{}, fmt.Errorf("the WireGuard key of this host is being changed already; weft encryption shows it")
+	}
+	select {
+	case s.rotator.ask <- struct{}{}:
+	default: // asked for, and not begun yet
+	}
+	return struct{}{}, nil
+}
