@@ -85,6 +85,7 @@ func TestPlans(t *testing.T) {
 				shuffle(rnd, s.Snapshot.Peers)
 				shuffle(rnd, s.Host.Networks)
 				shuffle(rnd, s.Host.Peers)
+				shuffle(rnd, s.Host.Tunnels)
 				if diff := cmp.Diff(got, s.plan(t)); diff != "" {
 					t.Fatalf("the order of records matters:\n%s", diff)
 				}

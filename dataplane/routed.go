@@ -58,9 +58,14 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 	p.Add(VXLAN{Name: vx, Alias: NetworkAlias(n), VNI: n.VNI, Local: u.Address, Underlay: u.Link, Port: s.Self.DataPort,
 		MTU: tunnelMTU(u), MAC: tunnelMAC(s.Self.ID, vx), Up: true, NoChecksum: u.NoChecksum})
 	peers, dead := map[store.HostID]store.Peer{}, map[store.HostID]bool{}
+	for _, peer := range s.Peers {
+		dead[peer.ID] = !peer.DeadSince.IsZero()
+		if across(s.Self, peer.Host, u) && tunnelled(s.Self, peer.Host) {
+			peers[peer.ID] = peer
+		}
+	}
 	for _, peer := range reachable(s, u) {
 		peers[peer.ID] = peer
-		dead[peer.ID] = !peer.DeadSince.IsZero()
 		p.Add(FDB{Link: vx, MAC: tunnelMAC(peer.ID, vx), Dst: peer.Address})
 	}
 	for _, e := range byClaim(s.Remote, dead) {
@@ -74,7 +79,11 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 			}
 			taken[a] = true
 			r := Route{VNI: n.VNI, Prefix: netip.PrefixFrom(a, a.BitLen()), Link: u.Link, Via: peer.Address}
-			if !direct(peer, a, u) {
+			if across(s.Self, peer.Host, u) {
+				prefix := r.Prefix
+				r = tunnelRoute(n.VNI, s.Self, peer.Host)
+				r.Prefix = prefix
+			} else if !direct(peer, a, u) {
 				mac := tunnelMAC(peer.ID, vx)
 				r.Link, r.Via = vx, linkLocal(mac)
 				if a.Is4() && peer.Address.Is4() {
@@ -94,7 +103,10 @@ func direct(peer store.Peer, a netip.Addr, u Underlay) bool {
 }
 
 // Way returns how packets go to a peer's endpoints on a routed network, in words.
-func Way(peer store.Peer, u Underlay) string {
+func Way(self store.Host, peer store.Peer, u Underlay) string {
+	if across(self, peer.Host, u) {
+		return "wireguard"
+	}
 	if u.Prefix.IsValid() && u.Prefix.Contains(peer.Address) {
 		return "direct"
 	}
@@ -178,7 +190,7 @@ func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
 		if n.Encrypted {
 			continue
 		}
-		from := []string{veths, VXLANName(n.VNI)}
+		from := []string{veths, VXLANName(n.VNI), tunnelPrefix + "+"}
 		if u.Link != "" {
 			from = append(from, u.Link)
 		}
@@ -194,7 +206,7 @@ func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
 		"-o "+veths+" -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT",
 		"-i "+veths+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
 		"-o "+veths+" -j DROP",
-		"-i "+vxlanPrefix+"+ -j DROP", "-o "+vxlanPrefix+"+ -j DROP",
+		"-i "+vxlanPrefix+"+ -j DROP", "-o "+vxlanPrefix+"+ -j DROP", "-i "+tunnelPrefix+"+ -j DROP", "-o "+tunnelPrefix+"+ -j DROP",
 		"-i "+veths+" -o docker+ -j DROP", "-i "+veths+" -o br-+ -j DROP")
 	for _, n := range routed {
 		if n.Internal || !n.OwnGateway() {

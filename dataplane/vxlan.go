@@ -136,9 +136,12 @@ func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
 	}
 }
 
-// reachable returns the peers that can be reached from the underlay's address.
+// reachable returns the peers that can be reached from the underlay's address without
+// a tunnel through a NAT.
 func reachable(s store.Snapshot, u Underlay) []store.Peer {
-	return slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool { return p.Address == u.Address || p.Address.Is4() != u.Address.Is4() })
+	return slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool {
+		return p.Address == u.Address || p.Address.Is4() != u.Address.Is4() || across(s.Self, p.Host, u)
+	})
 }
 
 // byClaim returns the endpoints of peers, sorted by owner, with those of dead ones last.
@@ -211,7 +214,7 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 		raw = append(raw, routedGuard(v6)...)
 	}
 	raw = append(raw, encryptedGuard(v6, s.Networks)...)
-	if encrypted(s.Networks) { // from anywhere: it answers to nobody but its peers
+	if tunnels(s, u) { // from anywhere: it answers to nobody but its peers
 		in = append(in, fmt.Sprintf("-p udp -m udp --dport %d:%d -j ACCEPT", s.Self.Tunnel.Port, s.Self.Tunnel.Port+1), "-i "+tunnelPrefix+"+ -j DROP")
 	}
 	in = append(in, vxlan+" -j DROP", "-i "+bridgePrefix+"+ -j DROP")

@@ -78,11 +78,29 @@ func tunnelled(a, b store.Host) bool {
 	return len(a.Tunnel.Keys) > 0 && len(b.Tunnel.Keys) > 0 && a.Tunnel.Keys[0] != b.Tunnel.Keys[0]
 }
 
+// across reports whether a NAT lies between two hosts, which takes none but WireGuard's
+// packets as they are.
+func across(self, peer store.Host, u Underlay) bool {
+	return self.Public != peer.Public && !u.Prefix.Contains(peer.Address)
+}
+
+// TunnelPeers returns the peers to which this host has a tunnel: those that share an
+// encrypted network, and those behind a NAT that share a routed one.
+func TunnelPeers(s store.HostSnapshot, u Underlay) []store.Peer {
+	out := slices.Clone(s.Tunnels)
+	for _, p := range s.Routed {
+		if across(s.Self, p.Host, u) && !slices.ContainsFunc(out, func(o store.Peer) bool { return o.ID == p.ID }) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
 // planTunnels adds the devices and their peers. The second device is there while this
 // host or a peer of it changes its key.
 func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
-	self := s.Self.Tunnel
-	if !encrypted(s.Networks) || !u.Address.IsValid() || len(self.Keys) == 0 {
+	self, peers := s.Self.Tunnel, TunnelPeers(s, u)
+	if !tunnels(s, u) || !u.Address.IsValid() || len(self.Keys) == 0 {
 		return
 	}
 	mtu := tunnelledMTU(u)
@@ -93,7 +111,7 @@ func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
 	if self.Rotating() {
 		device(1)
 	}
-	for _, peer := range s.Tunnels {
+	for _, peer := range peers {
 		if !tunnelled(s.Self, peer.Host) {
 			continue
 		}
@@ -126,6 +144,11 @@ func candidates(self, peer store.Host, way uint16, u Underlay) string {
 
 func encrypted(networks []store.Network) bool {
 	return slices.ContainsFunc(networks, func(n store.Network) bool { return n.Encrypted })
+}
+
+// tunnels reports whether this host needs a tunnel.
+func tunnels(s store.HostSnapshot, u Underlay) bool {
+	return encrypted(s.Networks) || len(TunnelPeers(s, u)) > 0
 }
 
 func tunnelledMTU(u Underlay) int {
@@ -170,13 +193,7 @@ func planEncrypted(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bo
 		if !ok {
 			continue
 		}
-		r := Route{VNI: s.Network.VNI, Link: TunnelNames[0], Peers: [2]store.WGKey{peer.Tunnel.Key(0)}}
-		if s.Self.Tunnel.Rotating() || peer.Tunnel.Rotating() {
-			r.Peers[1] = peer.Tunnel.Key(1)
-			if s.Self.Tunnel.Last || peer.Tunnel.Last {
-				r.Link = TunnelNames[1]
-			}
-		}
+		r := tunnelRoute(s.Network.VNI, s.Self, peer.Host)
 		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
 			if a.IsValid() && !taken[a] {
 				taken[a] = true
@@ -185,6 +202,18 @@ func planEncrypted(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bo
 			}
 		}
 	}
+}
+
+// tunnelRoute returns a route through the tunnel to a peer, without a prefix.
+func tunnelRoute(v store.VNI, self, peer store.Host) Route {
+	r := Route{VNI: v, Link: TunnelNames[0], Peers: [2]store.WGKey{peer.Tunnel.Key(0)}}
+	if self.Tunnel.Rotating() || peer.Tunnel.Rotating() {
+		r.Peers[1] = peer.Tunnel.Key(1)
+		if self.Tunnel.Last || peer.Tunnel.Last {
+			r.Link = TunnelNames[1]
+		}
+	}
+	return r
 }
 
 // encryptedForward lets the endpoints of an encrypted network talk among themselves, on
@@ -203,9 +232,6 @@ func encryptedForward(v6 bool, networks []store.Network) (rules []string) {
 				rules = append(rules, fmt.Sprintf("-s %s -d %s -j DROP", a, b))
 			}
 		}
-	}
-	if len(rules) > 0 {
-		rules = append(rules, "-i "+tunnelPrefix+"+ -j DROP", "-o "+tunnelPrefix+"+ -j DROP")
 	}
 	return rules
 }

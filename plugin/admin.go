@@ -341,7 +341,7 @@ func (s *services) peers() ([]peerReply, error) {
 			if err != nil {
 				return err
 			}
-			r.Way = way(p, own, nets, s.loop.Underlay())
+			r.Way = way(s.db.Self(), p, own, nets, s.loop.Underlay())
 			for _, n := range nets {
 				r.Networks = append(r.Networks, n.VNI)
 			}
@@ -367,7 +367,7 @@ func (s *services) peers() ([]peerReply, error) {
 
 // way returns in words how packets go to a peer: of routed networks, and of encrypted
 // ones if they share any.
-func way(p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplane.Underlay) string {
+func way(self store.Host, p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplane.Underlay) string {
 	plain, crypt := false, false
 	for _, n := range own {
 		for _, o := range nets {
@@ -376,8 +376,8 @@ func way(p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplan
 			}
 		}
 	}
-	switch text := dataplane.Way(p, u); {
-	case crypt && plain:
+	switch text := dataplane.Way(self, p, u); {
+	case crypt && plain && text != "wireguard":
 		return text + ",wireguard"
 	case crypt:
 		return "wireguard"

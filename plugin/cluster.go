@@ -16,6 +16,7 @@ type cluster struct {
 	p        *process
 	db       *store.DB
 	identity store.Identity
+	near     func(netip.Addr) bool
 	others   chan struct{} // closed when there may be other hosts
 	once     sync.Once
 
@@ -26,8 +27,8 @@ type cluster struct {
 	synced  bool            // the peers were heard once
 }
 
-func newCluster(p *process, db *store.DB, identity store.Identity) *cluster {
-	c := &cluster{p: p, db: db, identity: identity, others: make(chan struct{})}
+func newCluster(p *process, db *store.DB, identity store.Identity, near func(netip.Addr) bool) *cluster {
+	c := &cluster{p: p, db: db, identity: identity, near: near, others: make(chan struct{})}
 	if len(p.set.join) > 0 {
 		c.expect()
 	}
@@ -58,7 +59,7 @@ func (c *cluster) run(ctx context.Context, ready <-chan struct{}) error {
 		}
 	}
 	return c.p.keep(ctx, "gossip", func() error {
-		members, err := c.p.gossip(c.db, c.identity)
+		members, err := c.p.gossip(c.db, c.identity, c.near)
 		if err != nil {
 			return err
 		}
@@ -67,9 +68,9 @@ func (c *cluster) run(ctx context.Context, ready <-chan struct{}) error {
 	}, func(err error) { c.set(nil, err) })
 }
 
-func (p *process) gossip(db *store.DB, identity store.Identity) (*gossip.Cluster, error) {
+func (p *process) gossip(db *store.DB, identity store.Identity, near func(netip.Addr) bool) (*gossip.Cluster, error) {
 	return gossip.New(gossip.Config{DB: db, Identity: identity, Join: p.set.join, Key: p.set.key,
-		Port: p.set.port, DataPort: p.set.dataPort, Log: p.log})
+		Port: p.set.port, DataPort: p.set.dataPort, Near: near, Log: p.log})
 }
 
 // original returns an error if this host's state folder is a copy of that of a living
@@ -82,7 +83,7 @@ func (p *process) original(ctx context.Context, db *store.DB, identity store.Ide
 	if !last.IsValid() || isLocal(last) {
 		return nil
 	}
-	members, err := p.gossip(db, identity)
+	members, err := p.gossip(db, identity, nil)
 	if err != nil {
 		return err
 	}

@@ -55,7 +55,7 @@ func (s *services) encryption(ctx context.Context) (encryptionReply, error) {
 	if err != nil {
 		return r, err
 	}
-	for _, p := range host.Tunnels {
+	for _, p := range dataplane.TunnelPeers(host, s.loop.Underlay()) {
 		r.Peers = append(r.Peers, tunnelsTo(p, devices)...)
 	}
 	return r, nil

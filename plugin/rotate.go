@@ -15,6 +15,7 @@ type rotator struct {
 	keys   *wgKeys
 	db     *store.DB
 	kernel *kernel.Kernel
+	loop   *dataplane.Loop
 	ask    chan struct{} // cap 1: change it now
 	log    *slog.Logger
 }
@@ -119,8 +120,8 @@ func (r *rotator) awaitWay(ctx context.Context, way int) {
 // awaitMove gives all peers the time to hear that traffic takes another way.
 func (r *rotator) awaitMove(ctx context.Context) {
 	host, err := r.db.HostSnapshot()
-	if err == nil && len(host.Tunnels) > 0 {
-		_ = sleep(ctx, moveTime+time.Duration(len(host.Tunnels))*movePerPeer)
+	if peers := len(dataplane.TunnelPeers(host, r.loop.Underlay())); err == nil && peers > 0 {
+		_ = sleep(ctx, moveTime+time.Duration(peers)*movePerPeer)
 	}
 }
 
@@ -142,7 +143,7 @@ func (r *rotator) answered(ctx context.Context, way int, since time.Time) bool {
 			}
 		}
 	}
-	for _, p := range host.Tunnels {
+	for _, p := range dataplane.TunnelPeers(host, r.loop.Underlay()) {
 		if !p.DeadSince.IsZero() || len(p.Tunnel.Keys) == 0 {
 			continue
 		}
@@ -159,7 +160,7 @@ func (r *rotator) peerRotates() bool {
 	if err != nil {
 		return false
 	}
-	for _, p := range host.Tunnels {
+	for _, p := range dataplane.TunnelPeers(host, r.loop.Underlay()) {
 		if p.DeadSince.IsZero() && p.Tunnel.Rotating() {
 			return true
 		}

@@ -24,6 +24,7 @@ type HostSnapshot struct {
 	Networks []Network
 	Peers    []Peer // that run one of the networks and are not hidden
 	Tunnels  []Peer // of those, that run an encrypted one
+	Routed   []Peer // of those, that run a routed one
 	// Published are this host's endpoints with published ports, sorted by id, but for
 	// those that have left.
 	Published []Endpoint
@@ -98,6 +99,9 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 				s.Peers = append(s.Peers, p)
 				if slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return o.Encrypted && runsOne(s.Networks, o) }) {
 					s.Tunnels = append(s.Tunnels, p)
+				}
+				if slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return o.Mode == ModeRouted && runsOne(s.Networks, o) }) {
+					s.Routed = append(s.Routed, p)
 				}
 			}
 		})

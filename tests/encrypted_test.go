@@ -22,13 +22,14 @@ const marker = "WEFT-PLANTED-MARKER"
 // clusterKey is a cluster key for tests.
 const clusterKey = "WEFT_KEY=000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
 
-// TestEncrypted has encrypted networks on three hosts of either engine.
+// TestEncrypted has encrypted networks on three hosts of either engine, the third of
+// which is behind a NAT.
 func TestEncrypted(t *testing.T) {
 	t.Parallel()
 	for name, engine := range engines(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			lab := newLab(t, 3, func(_ int, o *hosts.HostOptions) { o.Engine = engine })
+			lab := newLab(t, 3, func(i int, o *hosts.HostOptions) { o.Engine, o.NAT = engine, i == 2 })
 			install(t, lab, pluginDir(t, "", "test"), clusterKey)
 			e := &encrypted{name: name, lab: lab}
 			for _, h := range lab.Hosts {
@@ -79,6 +80,8 @@ func (e *encrypted) acrossHosts(t *testing.T) {
 		}
 		createNetwork(t, e.lab, name, second, args...)
 	}
+	// Beside it a plain one, to see that the captures see what is plain.
+	createNetwork(t, e.lab, "plain", 92)
 	for i, h := range e.lab.Hosts {
 		run(t, h, "enc", "--network", "enc")
 		run(t, h, "encr", "--network", "encr", "--ip6", fmt.Sprintf("fd00:91::a%d", i+1))
@@ -104,17 +107,15 @@ func (e *encrypted) allTalk(t *testing.T) {
 	}
 }
 
-// send sends packets that carry the marker until one is answered.
+// send sends packets until one is answered, and then the marker.
 func (e *encrypted) send(t *testing.T, from hosts.Container, to string) {
 	t.Helper()
 	eventually(t, 30*time.Second, "container "+from.Name+" on host "+from.Host.Name+" reaches "+to, func(ctx context.Context) error {
 		e.sent++
 		_, err := from.Exec(ctx, "ping", "-c", "1", "-W", "1", "-s", "64", "-p", "57", to)
-		if err == nil {
-			_, _ = from.Exec(ctx, "sh", "-c", "echo "+marker+" | timeout 1 nc -u -w 1 "+to+" 7777")
-		}
 		return err
 	})
+	sendText(t, from, to, marker)
 }
 
 // flood sends the marker from every container to every other one, a hundred times a
@@ -264,10 +265,36 @@ type encryptionView struct {
 	Changes bool
 }
 
+// control sends another marker on a plain network.
+const control = "WEFT-CONTROL-MARKER"
+
+func (e *encrypted) sendControl(t *testing.T) {
+	a, b := run(t, e.lab.Hosts[0], "plain", "--network", "plain"), run(t, e.lab.Hosts[1], "plain", "--network", "plain")
+	reach(t, a, addressOf(t, b, "plain").String())
+	sendText(t, a, addressOf(t, b, "plain").String(), control)
+}
+
+// sendText sends a datagram from a container; nobody need hear it.
+func sendText(t *testing.T, from hosts.Container, to, text string) {
+	t.Helper()
+	if err := inside(t, from, func() error {
+		c, err := net.Dial("udp", net.JoinHostPort(to, "7777"))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, err = c.Write([]byte(text))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // nothingPlain looks for the marker, and for addresses of the networks, in what the
 // hosts sent.
 func (e *encrypted) nothingPlain(t *testing.T) {
-	plain, wireguard := 0, 0
+	e.sendControl(t)
+	plain, wireguard, controls := 0, 0, 0
 	for i, c := range e.captures {
 		lines, err := c.Stop(t.Context())
 		if err != nil {
@@ -278,6 +305,7 @@ func (e *encrypted) nothingPlain(t *testing.T) {
 			t.Fatal(err)
 		}
 		plain += bytes.Count(raw, []byte(marker))
+		controls += bytes.Count(raw, []byte(control))
 		for _, l := range lines {
 			if strings.Contains(l, ".4798") {
 				wireguard++
@@ -290,8 +318,8 @@ func (e *encrypted) nothingPlain(t *testing.T) {
 			}
 		}
 	}
-	if wireguard == 0 {
-		t.Error("no packet of WireGuard on the underlay")
+	if wireguard == 0 || controls == 0 {
+		t.Errorf("%d packets of WireGuard on the underlay, %d of a plain network: the captures see nothing", wireguard, controls)
 	}
 	figure(t, "encrypted: plain packets on the underlay on "+e.name, e.sent+int(e.flooded), "%d, beside %d of WireGuard (target 0)", plain, wireguard)
 	if plain > 0 {
@@ -302,7 +330,7 @@ func (e *encrypted) nothingPlain(t *testing.T) {
 func (e *encrypted) nothingLeft(t *testing.T) {
 	for i, h := range e.lab.Hosts {
 		removeOthers(t, h)
-		docker(t, h, "network", "rm", "enc", "encr")
+		docker(t, h, "network", "rm", "enc", "encr", "plain")
 		clean(t, h)
 		unleaked(t, h, e.first[i], "plugin file", "mount", "route", "route6", "link")
 	}

@@ -147,13 +147,21 @@ func install(t *testing.T, lab *hosts.Lab, dir string, settings ...string) {
 	t.Helper()
 	join := make([]string, 0, len(lab.Hosts))
 	for _, h := range lab.Hosts {
-		join = append(join, h.Address.String())
+		at := h.Address
+		if h.Public.IsValid() {
+			at = h.Public
+		}
+		join = append(join, at.String())
 	}
 	var wait sync.WaitGroup
 	errs := make([]error, len(lab.Hosts))
 	for i, h := range lab.Hosts {
 		wait.Go(func() {
-			errs[i] = h.InstallPlugin(t.Context(), dir, append([]string{"WEFT_JOIN=" + strings.Join(join, ",")}, settings...)...)
+			own := append([]string{"WEFT_JOIN=" + strings.Join(join, ",")}, settings...)
+			if h.Public.IsValid() {
+				own = append(own, "WEFT_PUBLIC_ADDRESS="+h.Public.String())
+			}
+			errs[i] = h.InstallPlugin(t.Context(), dir, own...)
 		})
 	}
 	wait.Wait()

@@ -65,7 +65,10 @@ type Config struct {
 	Key []byte
 	// Port is that of gossip, UDP and TCP; DataPort that of the record stream, TCP.
 	Port, DataPort uint16
-	Log            *slog.Logger
+	// Near reports whether an address is on this host's own link, so that a host behind
+	// the same NAT is reached by it. nil: none is.
+	Near func(netip.Addr) bool
+	Log  *slog.Logger
 	// HideAfter is how long a dead peer's records stay in use, ForgetAfter how long
 	// they are kept.
 	HideAfter, ForgetAfter time.Duration

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -43,12 +44,16 @@ func (s *stream) close() {
 	_ = s.conn.Close()
 }
 
+func (c *Cluster) streamAddr(r record) string {
+	return netip.AddrPortFrom(c.wayTo(r.Host), r.DataPort).String()
+}
+
 // dial opens a stream to the host, which must prove to be id.
 func (c *Cluster) dial(ctx context.Context, r record, id store.HostID) (*stream, error) {
 	if err := c.reachable(r.Address); err != nil {
 		return nil, err
 	}
-	addr := r.streamAddr().String()
+	addr := c.streamAddr(r)
 	raw, err := c.under.dial(ctx, c.db.Self().Address, addr, dialTime)
 	if err != nil {
 		return nil, err
@@ -224,7 +229,7 @@ func (c *Cluster) fetch(ctx context.Context, id store.HostID, s **stream, whole 
 	if !ok || !see.alive {
 		return nil
 	}
-	if *s != nil && (*s).addr != see.rec.streamAddr().String() {
+	if *s != nil && (*s).addr != c.streamAddr(see.rec) {
 		(*s).close()
 		*s = nil
 	}

@@ -75,8 +75,9 @@ func (c *Cluster) missing(ctx context.Context) ([]netip.AddrPort, error) {
 	for _, s := range sights {
 		if s.alive {
 			skip[s.rec.gossipAddr()] = true
+			skip[netip.AddrPortFrom(s.rec.Public, s.rec.Port)] = true
 		} else if s.rec.Port != 0 {
-			lost = append(lost, s.rec.gossipAddr())
+			lost = append(lost, netip.AddrPortFrom(c.wayTo(s.rec.Host), s.rec.Port))
 		}
 	}
 	var peers []store.Peer
@@ -96,12 +97,12 @@ func (c *Cluster) missing(ctx context.Context) ([]netip.AddrPort, error) {
 	for _, p := range peers {
 		// Seen in this process: its record says the port. Else it is ours, likely.
 		if sights[p.ID].rec.Port == 0 && p.Address.IsValid() {
-			lost = append(lost, netip.AddrPortFrom(p.Address, c.cfg.Port))
+			lost = append(lost, netip.AddrPortFrom(c.wayTo(p.Host), c.cfg.Port))
 		}
 	}
 	joins, joinErr := c.resolve(ctx)
-	own := netip.AddrPortFrom(c.db.Self().Address, c.cfg.Port)
-	skip[own] = true
+	self := c.db.Self()
+	skip[netip.AddrPortFrom(self.Address, c.cfg.Port)], skip[netip.AddrPortFrom(self.Public, c.cfg.Port)] = true, true
 	var out []netip.AddrPort
 	for _, a := range append(joins, lost...) {
 		if !skip[a] {
@@ -151,6 +152,26 @@ type transport struct {
 	local netip.Addr
 }
 
+// wayTo returns the address by which a host is reached from here: inside its network
+// or behind the same NAT its own, else the public one.
+func (c *Cluster) wayTo(h store.Host) netip.Addr {
+	if !h.Public.IsValid() || h.Public == c.db.Self().Public || c.cfg.Near != nil && c.cfg.Near(h.Address) {
+		return h.Address
+	}
+	return h.Public
+}
+
+// translate returns where a member is reached from here.
+func (t *transport) translate(a memberlist.Address) string {
+	t.c.mu.Lock()
+	v, ok := t.c.verified[a.Name]
+	t.c.mu.Unlock()
+	if !ok || !v.rec.Public.IsValid() {
+		return a.Addr
+	}
+	return netip.AddrPortFrom(t.c.wayTo(v.rec.Host), v.rec.Port).String()
+}
+
 // DialTimeout implements memberlist.Transport.
 func (t *transport) DialTimeout(addr string, d time.Duration) (net.Conn, error) {
 	ap, err := netip.ParseAddrPort(addr)
@@ -169,7 +190,7 @@ func (t *transport) DialTimeout(addr string, d time.Duration) (net.Conn, error) 
 
 // DialAddressTimeout implements memberlist.NodeAwareTransport.
 func (t *transport) DialAddressTimeout(a memberlist.Address, d time.Duration) (net.Conn, error) {
-	return t.DialTimeout(a.Addr, d)
+	return t.DialTimeout(t.translate(a), d)
 }
 
 // WriteTo implements memberlist.Transport.
@@ -179,6 +200,7 @@ func (t *transport) WriteTo(b []byte, addr string) (time.Time, error) {
 
 // WriteToAddress implements memberlist.NodeAwareTransport.
 func (t *transport) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error) {
+	a.Addr = t.translate(a)
 	ap, err := netip.ParseAddrPort(a.Addr)
 	if err != nil {
 		return time.Time{}, err

@@ -55,8 +55,6 @@ func (r record) memberName() string {
 
 func (r record) gossipAddr() netip.AddrPort { return netip.AddrPortFrom(r.Address, r.Port) }
 
-func (r record) streamAddr() netip.AddrPort { return netip.AddrPortFrom(r.Address, r.DataPort) }
-
 // sign returns the wire form of r with the identity's key, at most maxRecord bytes.
 func (r record) sign(id store.Identity) []byte {
 	pub := id.Key.Public().(ed25519.PublicKey)

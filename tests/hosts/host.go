@@ -27,6 +27,9 @@ type HostOptions struct {
 	// IPTables is the variant that dockerd and Exec call iptables: "nft",
 	// "legacy" or "" for the machine's choice.
 	IPTables string
+	// NAT puts the host behind a router of its own, which forwards Weft's ports to it:
+	// Address is then the one inside, and Public the router's.
+	NAT bool
 	// Flags are added to dockerd's.
 	Flags []string
 }
@@ -36,6 +39,7 @@ type Host struct {
 	Name     string
 	Address  netip.Addr // on the underlay
 	Address6 netip.Addr
+	Public   netip.Addr // of the NAT in front of it; zero: none
 	Dir      string // everything it has on disk; "run" in it is its /run/docker
 
 	lab     *Lab

@@ -142,6 +142,9 @@ func (l *Lab) build(ctx context.Context, o Options) error {
 			options:  ho,
 			netns:    l.Name + "-" + ho.Name,
 		}
+		if ho.NAT {
+			h.Public, h.Address = h.Address, netip.AddrFrom4([4]byte{10, 200, byte(10 + i), 2})
+		}
 		if h.Name == "" || len(h.Name) > 13 || l.Host(h.Name) != nil {
 			return fmt.Errorf("host name %q is empty, longer than 13 characters or used twice", h.Name)
 		}

@@ -52,6 +52,9 @@ func ipBatch(ctx context.Context, netns, lines string) error {
 
 // connect plugs a host in: eth0 in its namespace.
 func (u *Underlay) connect(ctx context.Context, h *Host) error {
+	if h.Public.IsValid() {
+		return u.connectNAT(ctx, h)
+	}
 	mtu := strconv.Itoa(u.MTU)
 	err := u.script(ctx, `
 link add `+port(h)+` mtu `+mtu+` type veth peer name eth0 mtu `+mtu+` netns `+h.netns+`
@@ -68,6 +71,53 @@ link set eth0 up
 route add default via 192.0.2.1
 route add default via 2001:db8::1
 `)
+}
+
+// natPorts are what the router in front of a host forwards to it: Weft's.
+var natPorts = []string{"udp --dport 4796", "tcp --dport 4796:4797", "udp --dport 4798:4799"}
+
+// connectNAT plugs a router in, and the host behind it. The router has the public
+// address on the cable, and hides all that the host sends behind it.
+func (u *Underlay) connectNAT(ctx context.Context, h *Host) error {
+	mtu, router := strconv.Itoa(u.MTU), h.netns+"-nat"
+	if _, err := run(ctx, nil, "ip", "netns", "add", router); err != nil {
+		return err
+	}
+	inside := netip.PrefixFrom(h.Address, 24).Masked().Addr().Next().String()
+	err := u.script(ctx, `
+link add `+port(h)+` mtu `+mtu+` type veth peer name outer mtu `+mtu+` netns `+router+`
+link set `+port(h)+` master `+mainBridge+` up
+`)
+	if err == nil {
+		err = ipBatch(ctx, router, `
+link set lo up
+address add `+h.Public.String()+`/24 dev outer
+link add inner mtu `+mtu+` type veth peer name eth0 mtu `+mtu+` netns `+h.netns+`
+address add `+inside+`/24 dev inner
+link set outer up
+link set inner up
+route add default via 192.0.2.1
+`)
+	}
+	if err == nil {
+		err = ipBatch(ctx, h.netns, `
+link set lo up
+address add `+h.Address.String()+`/24 dev eth0
+link set eth0 up
+route add default via `+inside+`
+`)
+	}
+	lines := []string{"sysctl -q -w net.ipv4.ip_forward=1", "iptables -w -t nat -A POSTROUTING -o outer -j MASQUERADE"}
+	for _, p := range natPorts {
+		proto, match, _ := strings.Cut(p, " ")
+		lines = append(lines, "iptables -w -t nat -A PREROUTING -i outer -p "+proto+" "+match+" -j DNAT --to-destination "+h.Address.String())
+	}
+	for _, line := range lines {
+		if err == nil {
+			_, err = run(ctx, nil, "ip", append([]string{"netns", "exec", router}, strings.Fields(line)...)...)
+		}
+	}
+	return err
 }
 
 func port(h *Host) string { return "h-" + h.Name }
