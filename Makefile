@@ -5,7 +5,7 @@ TAGS ?=
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 export CGO_ENABLED = 0
 
-.PHONY: help build plugin demo demo-swarm test soak bench sim lint
+.PHONY: help build plugin demo demo-swarm demo-encrypted test soak bench sim lint
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ demo: ## two Docker hosts on this machine, the plugin on both, containers that t
 
 demo-swarm: ## three Docker hosts in a Swarm, a stack, the leader killed, a host drained
 	tests/run.sh demo-swarm
+
+demo-encrypted: ## three Docker hosts, one behind a NAT, an encrypted network, and a capture on each cable
+	tests/run.sh demo-encrypted
 
 test: ## every test, on real dockerds
 	tests/run.sh test

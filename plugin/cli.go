@@ -42,7 +42,7 @@ func verbs() []verb {
 		{name: "endpoints", help: "endpoints in them, here and on peers", prepare: simple(endpoints)},
 		{name: "ports", help: "ports of this host that Weft publishes, on networks with its own gateway", prepare: simple(ports)},
 		{name: "peers", help: "other hosts", prepare: simple(peers)},
-		{name: "encryption", args: "[rotate]", help: "how packets of encrypted networks go to each host; rotate: change this host's key, without losing a packet", prepare: encryption},
+		{name: "encryption", args: "[rotate | revoke HOST | restore HOST]", help: "how packets of encrypted networks go to each host; rotate: change this host's key, without losing a packet; revoke: all hosts drop that one", prepare: encryption},
 		{name: "ipam", help: "address pools and their leases", prepare: simple(pools)},
 		{name: "plan", args: "NETWORK", help: "what the kernel should hold for a network (name, id, VNI, or \"host\"), what it holds, the difference", prepare: plan},
 		{name: "audit", help: "differences between Docker, records and kernel", prepare: audit},

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -24,8 +25,19 @@ func encryption(c *cli) func(context.Context, []string) error {
 				fmt.Fprintln(c.out, "the key is being changed; weft encryption shows both until that is done")
 			}
 			return nil
+		case (args[0] == "revoke" || args[0] == "restore") && len(args) == 2:
+			r, err := tell[revokedReply](ctx, &c.admin, "/v1/encryption/"+args[0]+"?host="+url.QueryEscape(args[1]))
+			if err != nil || c.print(r) {
+				return err
+			}
+			what := "is revoked: all hosts that share an encrypted network with this one drop it. It may still hold keys of networks: change WEFT_KEY too"
+			if args[0] == "restore" {
+				what = "is wanted again"
+			}
+			fmt.Fprintf(c.out, "host %s (%s) %s\n", r.Name, short(r.ID), what)
+			return nil
 		}
-		return usageError(fmt.Sprintf("there is no %.60q; use rotate, or nothing to look", strings.Join(args, " ")))
+		return usageError(fmt.Sprintf("there is no %.60q; use rotate, revoke HOST, restore HOST, or nothing to look", strings.Join(args, " ")))
 	}
 }
 
@@ -53,6 +65,9 @@ func showEncryption(ctx context.Context, c *cli) error {
 		rows = append(rows, row)
 	}
 	c.table(rows)
+	for _, v := range r.Revoked {
+		fmt.Fprintf(c.out, "revoked: %s (%s)\n", orDash(v.Name), v.ID)
+	}
 	return nil
 }
 

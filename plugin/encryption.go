@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
@@ -17,6 +19,14 @@ type encryptionReply struct {
 	KeyMade time.Time         `json:"keyMade"`
 	Changes bool              `json:"changes"` // the key is being changed
 	Peers   []tunnelPeerReply `json:"peers"`   // hosts that run an encrypted network of this one
+	Revoked []revokedReply    `json:"revoked,omitempty"`
+}
+
+// revokedReply is a host of which hosts want nothing more.
+type revokedReply struct {
+	ID   store.HostID `json:"id"`
+	Name string       `json:"name,omitempty"` // where it is known
+	Self bool         `json:"self,omitempty"`
 }
 
 // tunnelReply is a WireGuard device of this host.
@@ -58,7 +68,64 @@ func (s *services) encryption(ctx context.Context) (encryptionReply, error) {
 	for _, p := range dataplane.TunnelPeers(host, s.loop.Underlay()) {
 		r.Peers = append(r.Peers, tunnelsTo(p, devices)...)
 	}
-	return r, nil
+	r.Revoked, err = s.revoked()
+	return r, err
+}
+
+func (s *services) revoked() (out []revokedReply, err error) {
+	self := s.db.Self()
+	err = s.db.View(func(tx *store.Tx) error {
+		all, err := tx.Revocations()
+		for _, r := range all {
+			if !r.Out() {
+				continue
+			}
+			v := revokedReply{ID: r.Host, Self: r.Host == self.ID}
+			if p, err := tx.Peer(r.Host); err == nil {
+				v.Name = p.Name
+			}
+			out = append(out, v)
+		}
+		return err
+	})
+	return out, err
+}
+
+// revoke takes a host, by name or the beginning of its id, out of all networks of this
+// host and of those with which it shares an encrypted network; or back in.
+func (s *services) revoke(ctx context.Context, host string, out bool) (revokedReply, error) {
+	var r revokedReply
+	var found []revokedReply
+	err := s.db.Update(ctx, func(tx *store.Tx) error {
+		peers, err := tx.Peers()
+		if err != nil {
+			return err
+		}
+		known, err := tx.Revocations()
+		if err != nil {
+			return err
+		}
+		for _, p := range peers {
+			found = append(found, revokedReply{ID: p.ID, Name: p.Name})
+		}
+		for _, k := range known { // also one that was forgotten since
+			if !slices.ContainsFunc(found, func(f revokedReply) bool { return f.ID == k.Host }) {
+				found = append(found, revokedReply{ID: k.Host})
+			}
+		}
+		found = slices.DeleteFunc(found, func(f revokedReply) bool {
+			return host == "" || f.Name != host && !strings.HasPrefix(string(f.ID), host)
+		})
+		if len(found) != 1 {
+			return fmt.Errorf("%d other hosts are called %.80q or have an id that begins so; weft peers lists them: %w", len(found), host, store.ErrNotFound)
+		}
+		r = found[0]
+		return tx.Revoke(r.ID, out)
+	})
+	if err == nil {
+		s.log.Warn("host revoked or restored by command", "host", r.ID, "name", r.Name, "revoked", out)
+	}
+	return r, err
 }
 
 // tunnelsTo returns the ways to a peer: two while a key changes.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"sync"
 
 	"github.com/weftnet/weft/dataplane"
@@ -22,6 +23,7 @@ type services struct {
 	ipam    *ipam.IPAM
 	cluster *cluster
 	rotator *rotator
+	log     *slog.Logger
 	rebuilt string // what was rebuilt from the kernel at this start, or ""
 }
 

@@ -247,6 +247,13 @@ func (v view) encryptionProblems() (out []problem) {
 				Remedy: "modprobe wireguard && echo wireguard > /etc/modules-load.d/wireguard.conf; it is used from the plugin's next start"})
 		}
 	}
+	for _, r := range v.encryption.Revoked {
+		if r.Self {
+			out = append(out, problem{Text: "this host is revoked: the others drop it", Remedy: "if that is wrong, on another host: weft encryption restore " + string(r.ID)})
+		} else {
+			out = append(out, problem{Advice: true, Text: fmt.Sprintf("host %s (%s) is revoked", orDash(r.Name), r.ID), Remedy: "weft encryption restore takes it back"})
+		}
+	}
 	for _, p := range v.encryption.Peers {
 		if p.State != "on" && alive[p.ID] && time.Since(v.status.Started) > unansweredFor {
 			out = append(out, problem{Text: fmt.Sprintf("nothing of the encrypted networks reaches host %s: it %s", p.Host, p.State),

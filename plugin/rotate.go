@@ -85,13 +85,17 @@ func (r *rotator) finish(ctx context.Context) error {
 			r.log.Info("the WireGuard key was changed")
 			return r.keys.put(r.db, wgKeyState{Keys: st.Keys})
 		case st.Keys[0] != st.Keys[1] && !st.Last:
-			r.awaitWay(ctx, 1)
+			// Two hosts may have begun before they heard of each other: the second way is
+			// of both their new keys only then.
+			begun := time.Now()
+			r.awaitMove(ctx)
+			r.awaitWay(ctx, 1, begun)
 			st.Last = true
 		case st.Keys[0] != st.Keys[1]:
 			r.awaitMove(ctx)
 			st.Keys = []wgKey{st.Keys[1], st.Keys[1]}
 		case st.Last:
-			r.awaitWay(ctx, 0)
+			r.awaitWay(ctx, 0, time.Now())
 			st.Last = false
 		default:
 			r.awaitMove(ctx)
@@ -107,9 +111,8 @@ func (r *rotator) finish(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// awaitWay waits until all living peers have answered on a way since now, or wayTime.
-func (r *rotator) awaitWay(ctx context.Context, way int) {
-	begun := time.Now()
+// awaitWay waits until all living peers have answered on a way since begun, or wayTime.
+func (r *rotator) awaitWay(ctx context.Context, way int, begun time.Time) {
 	for time.Since(begun) < wayTime && !r.answered(ctx, way, begun) {
 		if sleep(ctx, rotatePoll) != nil {
 			return

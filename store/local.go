@@ -38,7 +38,10 @@ func (tx *Tx) PutNetwork(n Network) error {
 		return err
 	}
 	tx.touch(n.VNI) // which peers agree with it may change
-	return put(tx, bucketNetworks, []byte(n.ID), n)
+	if err := put(tx, bucketNetworks, []byte(n.ID), n); err != nil || !n.Encrypted {
+		return err
+	}
+	return tx.AdoptRevocations() // of hosts that run it too
 }
 
 // DeleteNetwork removes a network and its endpoints; an unknown one is no error.

@@ -183,10 +183,18 @@ func (tx *Tx) MergeEndpoints(owner HostID, since uint64, d Delta) (fits bool, er
 	return true, put(tx, bucketPeerNets, peerNetKey(owner, d.VNI), pn)
 }
 
-// ofPeers calls fn with what each peer has, in order of their ids.
+// ofPeers calls fn with what each peer has, in order of their ids, but for those that
+// are revoked.
 func (tx *Tx) ofPeers(fn func(Peer, *peerRecords)) error {
+	out, err := tx.Revocations()
+	if err != nil {
+		return err
+	}
 	peers, err := tx.Peers()
 	for _, p := range peers {
+		if slices.ContainsFunc(out, func(r Revocation) bool { return r.Host == p.ID && r.Out() }) {
+			continue
+		}
 		r, err := tx.recordsOf(p.ID)
 		if err != nil {
 			return err

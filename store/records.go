@@ -138,6 +138,8 @@ type Peer struct {
 	Hidden bool `json:"hidden,omitempty"`
 	// Networks is the version of the peer's list of networks that we hold.
 	Networks uint64 `json:"networks,omitempty"`
+	// Revoked is what the peer has told (Tx.MergeRevocations).
+	Revoked []Revocation `json:"revoked,omitempty"`
 }
 
 // Modes of a network. VXLAN is the default: a bridge and a VXLAN device per network.

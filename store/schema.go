@@ -21,6 +21,7 @@ var (
 	keyFound   = []byte("founded")
 	keyAddr    = []byte("address")
 	keyCounter = []byte("counter")
+	keyRevoked = []byte("revoked")
 )
 
 // prepareSchema makes the buckets of a new database or checks the version of an

@@ -3,6 +3,7 @@ package tests
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -209,6 +210,7 @@ func (e *encrypted) faults(t *testing.T) {
 		reach(t, from, "fd00:91::a2")
 		reach(t, to, addressOf(t, from, "encr").String())
 	}
+	e.revoke(t)
 	// Without a plugin nothing is encrypted, and nothing leaves.
 	docker(t, a, "plugin", "disable", "--force", hosts.PluginName)
 	time.Sleep(2 * time.Second)
@@ -252,6 +254,42 @@ func (e *encrypted) rotations(t *testing.T, probe *hosts.Probe) {
 	figure(t, "encrypted: key changed on "+e.name, done, "%d of %d packets lost (target 0)", report.Lost, report.Sent)
 }
 
+// revoke takes the third host out and back.
+func (e *encrypted) revoke(t *testing.T) {
+	a, b, c := e.lab.Hosts[0], e.lab.Hosts[1], e.lab.Hosts[2]
+	from, out := hosts.Container{Host: b, Name: "encr"}, hosts.Container{Host: c, Name: "encr"}
+	address := addressOf(t, out, "encr").String()
+	reach(t, from, address)
+	sees := func(h *hosts.Host) bool {
+		for _, p := range view[encryptionView](t, h, "encryption").Peers {
+			if p.Host == c.Name {
+				return true
+			}
+		}
+		return false
+	}
+	if text, err := a.Exec(t.Context(), "weft", "encryption", "revoke", c.Name); err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+	took := eventually(t, 20*time.Second, "host b has dropped host c", func(context.Context) error {
+		if sees(b) {
+			return errors.New("it has not")
+		}
+		return nil
+	})
+	silent(t, from, address)
+	silent(t, out, addressOf(t, from, "encr").String())
+	tells(t, c, "this host is revoked")
+	if text, err := a.Exec(t.Context(), "weft", "encryption", "revoke", "nobody"); err == nil || !strings.Contains(text+err.Error(), "nobody") {
+		t.Errorf("a host that is not there is revoked: %s", text)
+	}
+	if text, err := a.Exec(t.Context(), "weft", "encryption", "restore", c.Name); err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+	reach(t, from, address)
+	figure(t, "encrypted: host revoked on "+e.name, 1, "dropped by the others after %s", took.Round(100*time.Millisecond))
+}
+
 func (e *encrypted) key(t *testing.T, h *hosts.Host) string {
 	t.Helper()
 	return view[encryptionView](t, h, "encryption").Devices[0].Key
@@ -261,6 +299,9 @@ type encryptionView struct {
 	Devices []struct {
 		Name string
 		Key  string
+	}
+	Peers []struct {
+		Host, State string
 	}
 	Changes bool
 }

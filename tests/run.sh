@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# run.sh demo|demo-swarm|test|soak|bench|sim: installs what is missing, by package name, and
+# run.sh demo|demo-swarm|demo-encrypted|test|soak|bench|sim: installs what is missing, by package name, and
 # runs one of make's targets as root. It leaves nothing behind but the packages,
 # Go's caches and the built newest engine in the user's cache.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:?demo, demo-swarm, test, soak, bench or sim}
+what=${1:?demo, demo-swarm, demo-encrypted, test, soak, bench or sim}
 
 if [ "$(id -u)" != 0 ]; then
 	echo "run.sh: network namespaces and dockerd need root; asking sudo" >&2
@@ -42,7 +42,7 @@ fi
 
 export CGO_ENABLED=0
 case $what in
-demo | demo-swarm)
+demo | demo-swarm | demo-encrypted)
 	# Not go run: it would die of SIGTERM alone and leave the demo running.
 	go build -o "build/$what" "./tests/${what/-/}"
 	exec "build/$what"
@@ -81,7 +81,7 @@ sim)
 	exec go test -count 1 -timeout 2h -v ./tests/sim
 	;;
 *)
-	echo "run.sh: $what is not one of demo, demo-swarm, test, soak, bench, sim" >&2
+	echo "run.sh: $what is not one of demo, demo-swarm, demo-encrypted, test, soak, bench, sim" >&2
 	exit 2
 	;;
 esac

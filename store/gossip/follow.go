@@ -129,6 +129,9 @@ func (s *stream) ask(q request) (answer, error) {
 			return answer{}, fmt.Errorf("answer for vni %d has too many records", q.VNI)
 		}
 		more := a.More
+		if !first {
+			a.Revoked = all.Revoked
+		}
 		a.Endpoints, a.Networks, a.More = eps, nets, false
 		all = a
 		if !more {
@@ -305,7 +308,8 @@ func (c *Cluster) mergeList(ctx context.Context, id store.HostID, a answer, befo
 					return err
 				}
 			}
-			return tx.MergeNetworks(id, a.Epoch, a.Seq, nets)
+			// What it revoked first: MergeNetworks notes which list this was.
+			return errors.Join(tx.MergeRevocations(id, a.Revoked), tx.MergeNetworks(id, a.Epoch, a.Seq, nets), tx.AdoptRevocations())
 		})
 		if err != nil {
 			return err

@@ -44,8 +44,10 @@ type request struct {
 type answer struct {
 	store.Delta
 	Networks []versioned `json:"networks,omitempty"`
-	More     bool        `json:"more,omitempty"`
-	Err      string      `json:"err,omitempty"`
+	// Revoked comes with the first part of a list of networks.
+	Revoked []store.Revocation `json:"revoked,omitempty"`
+	More    bool               `json:"more,omitempty"`
+	Err     string             `json:"err,omitempty"`
 }
 
 // versioned is a network with the version of the owner's endpoints in it.
@@ -99,6 +101,11 @@ func (a answer) check() error {
 			if !p.IsValid() {
 				return fmt.Errorf("prefix of network with vni %d is not valid", n.VNI)
 			}
+		}
+	}
+	for _, r := range a.Revoked {
+		if !validID(string(r.Host)) {
+			return fmt.Errorf("revoked host %.80q is not valid", r.Host)
 		}
 	}
 	for _, e := range a.Endpoints {

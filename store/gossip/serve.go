@@ -229,6 +229,7 @@ func (s *server) answer(conn net.Conn, q request, id store.HostID) error {
 		part.Endpoints, part.Networks = eps[:n], nets[:m]
 		eps, nets = eps[n:], nets[m:]
 		part.More = len(eps)+len(nets) > 0
+		a.Revoked = nil
 		_ = conn.SetDeadline(time.Now().Add(ioTime))
 		if err := writeFrame(conn, part); err != nil || !part.More {
 			return err
@@ -242,6 +243,10 @@ func (c *Cluster) read(q request, id store.HostID) (answer, error) {
 	epoch := c.db.Self().Epoch
 	var a answer
 	err := c.db.View(func(tx *store.Tx) error {
+		if out, err := tx.Revoked(id); err != nil || out && q.VNI != store.HostVNI {
+			a.Err = fmt.Sprintf("host %s is revoked", id)
+			return err
+		}
 		if q.VNI != store.HostVNI {
 			n, err := tx.NetworkByVNI(q.VNI)
 			if err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -266,6 +271,9 @@ func (c *Cluster) read(q request, id store.HostID) (answer, error) {
 			shared := n.Shared()
 			shared.Proof = n.Proof(c.id)
 			a.Networks = append(a.Networks, versioned{SharedNetwork: shared, Seq: tx.Version(n.VNI)})
+		}
+		if err == nil {
+			a.Revoked, err = tx.Revocations()
 		}
 		return err
 	})

@@ -40,7 +40,7 @@ type Host struct {
 	Address  netip.Addr // on the underlay
 	Address6 netip.Addr
 	Public   netip.Addr // of the NAT in front of it; zero: none
-	Dir      string // everything it has on disk; "run" in it is its /run/docker
+	Dir      string     // everything it has on disk; "run" in it is its /run/docker
 
 	lab     *Lab
 	options HostOptions

@@ -75,7 +75,8 @@ func (s *Show) Build() error {
 func (s *Show) Hosts(names ...string) error {
 	o := hosts.Options{Logf: func(f string, a ...any) { fmt.Printf(f+"\n", a...) }}
 	for _, n := range names {
-		o.Hosts = append(o.Hosts, hosts.HostOptions{Name: n})
+		name, nat := strings.CutSuffix(n, "/nat")
+		o.Hosts = append(o.Hosts, hosts.HostOptions{Name: name, NAT: nat})
 	}
 	lab, err := hosts.New(s.Ctx, o)
 	if err != nil {
@@ -90,25 +91,29 @@ func (s *Show) Hosts(names ...string) error {
 	return nil
 }
 
-// Install creates, sets and enables the plugin on every host. A setting is
-// NAME=VALUE.
+// Install creates, sets and enables the plugin on all hosts.
 func (s *Show) Install(settings ...string) error {
-	dir, err := filepath.Abs(where)
-	if err != nil {
-		return err
-	}
 	for _, h := range s.Lab.Hosts {
-		if err := h.LinkCommand(dir); err != nil {
-			return err
-		}
-		if err := s.Dockers(h, []string{"plugin", "create", hosts.PluginName, dir},
-			append([]string{"plugin", "set", hosts.PluginName}, settings...),
-			[]string{"plugin", "enable", hosts.PluginName},
-			[]string{"plugin", "ls"}); err != nil {
+		if err := s.InstallOn(h, settings...); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// InstallOn creates, sets and enables the plugin on one host.
+func (s *Show) InstallOn(h *hosts.Host, settings ...string) error {
+	dir, err := filepath.Abs(where)
+	if err != nil {
+		return err
+	}
+	if err := h.LinkCommand(dir); err != nil {
+		return err
+	}
+	return s.Dockers(h, []string{"plugin", "create", hosts.PluginName, dir},
+		append([]string{"plugin", "set", hosts.PluginName}, settings...),
+		[]string{"plugin", "enable", hosts.PluginName},
+		[]string{"plugin", "ls"})
 }
 
 // OK notes a step for the summary.
