@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -19,18 +20,21 @@ func TestCyclesLeaveNothing(t *testing.T) {
 		byDocker, bySocket = 2000, 2000
 	}
 	lab := newLab(t, 1, nil)
-	install(t, lab, pluginDir(t, "failpoint", "crash"))
+	install(t, lab, pluginDir(t, "failpoint", "crash"), clusterKey)
 	h := lab.Hosts[0]
 	createNetwork(t, lab, "app", 32, "--ipam-driver", hosts.PluginName)
+	createNetwork(t, lab, "way", 33, "-o", "mode=routed", "--ipam-driver", hosts.PluginName)
+	createNetwork(t, lab, "vault", 34, "-o", "encrypted", "--ipam-driver", hosts.PluginName)
 	run(t, h, "stays", "--network", "app")
+	kinds := [][]string{{"--network", "app"}, {"--network", "way", "-p", "8080:80"}, {"--network", "vault"}}
 	cycle := func(n int) {
-		for range n {
-			docker(t, h, "run", "--rm", "--network", "app", hosts.Image, "true")
+		for i := range n {
+			docker(t, h, append(append([]string{"run", "--rm"}, kinds[i%len(kinds)]...), hosts.Image, "true")...)
 		}
 	}
 	s := newDirect(t, h, "app")
 	// The first ones fill caches and pools of connections.
-	cycle(2)
+	cycle(6)
 	s.cycles(20)
 	clean(t, h)
 	before, goroutines, leases := inventory(t, h), metric(t, h, "go_goroutines"), metric(t, h, `weft_leases{state="taken"}`)
@@ -72,12 +76,21 @@ func newDirect(t *testing.T, h *hosts.Host, network string) *direct {
 		t.Fatal(err)
 	}
 	var pools []struct {
-		ID string `json:"id"`
+		ID     string       `json:"id"`
+		Prefix netip.Prefix `json:"prefix"`
 	}
-	if err := json.Unmarshal(raw, &pools); err != nil || len(pools) != 1 {
-		t.Fatalf("%v: not one pool: %s", err, raw)
+	if err := json.Unmarshal(raw, &pools); err != nil {
+		t.Fatalf("%v: %s", err, raw)
 	}
-	d.pool = pools[0].ID
+	subnet := docker(t, h, "network", "inspect", "--format", "{{(index .IPAM.Config 0).Subnet}}", network)
+	for _, p := range pools {
+		if p.Prefix.String() == subnet {
+			d.pool = p.ID
+		}
+	}
+	if d.pool == "" {
+		t.Fatalf("no pool %s: %s", subnet, raw)
+	}
 	pid, err := h.PluginPID(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
