@@ -80,8 +80,8 @@ type Object interface {
 	object() // only the types of this package
 }
 
-// Bridge is a network's bridge. It carries no address: the host is not part of
-// the network.
+// Bridge is a network's bridge. It carries no address, and the host is not part of the
+// network, unless it is the network's gateway (Router).
 type Bridge struct {
 	Name  string
 	Alias string // see alias.go; it holds what a rebuild needs
@@ -92,6 +92,7 @@ type Bridge struct {
 	// rules are gone: rp_filter is strict (no route leads there), arp_ignore is
 	// 1 and IPv6 is disabled on it.
 	Closed bool
+	Router Router
 }
 
 // VXLAN is a network's VXLAN device, bound to the underlay's link and address, and a
@@ -130,6 +131,9 @@ type Veth struct {
 	// is not compared.
 	Waits  bool
 	Router Router
+	// Hairpin: the bridge sends back what comes from here, as an endpoint needs that
+	// reaches itself by a port of the host: with br_netfilter the bridge translates it.
+	Hairpin bool
 }
 
 // Neigh is a permanent neighbour entry on a link: on a bridge, ARP is answered from it
@@ -238,7 +242,9 @@ func family(v6 bool) string {
 
 func (o Bridge) String() string {
 	s := fmt.Sprintf("link %s bridge mac %s mtu %d %s", o.Name, o.MAC, o.MTU, updown(o.Up))
-	if !o.Closed {
+	if o.Router != (Router{}) {
+		s += " " + o.Router.String()
+	} else if !o.Closed {
 		s += " open-to-host"
 	}
 	return s + fmt.Sprintf(" alias %q", o.Alias)
@@ -260,6 +266,9 @@ func (o Veth) String() string {
 	s := fmt.Sprintf("link %s veth%s mac %s mtu %d %s", o.Name, master(o.Bridge), o.MAC, o.MTU, updown(o.Up))
 	if o.Router != (Router{}) {
 		s += " " + o.Router.String()
+	}
+	if o.Hairpin {
+		s += " hairpin on"
 	}
 	if o.Joined {
 		s += " joined"

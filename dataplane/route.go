@@ -3,6 +3,8 @@ package dataplane
 import (
 	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/weftnet/weft/store"
 )
@@ -25,17 +27,42 @@ var RouterMAC = store.MAC{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}
 // network's gateways. The zero value is none.
 type Router struct {
 	On       bool
-	Local    bool       // published ports are reached from 127.0.0.1 too (route_localnet)
-	Gateway4 netip.Addr // zero: none of this family
-	Gateway6 netip.Addr
+	Local    bool   // published ports are reached from 127.0.0.1 too (route_localnet)
+	Gateways string // addresses, sorted, separated by commas
 }
+
+// NewRouter returns a router's port with the gateways.
+func NewRouter(local bool, gateways ...netip.Addr) Router {
+	return Router{On: true, Local: local, Gateways: joinAddrs(gateways)}
+}
+
+func joinAddrs(all []netip.Addr) string {
+	all = slices.DeleteFunc(slices.Clone(all), func(a netip.Addr) bool { return !a.IsValid() })
+	slices.SortFunc(all, netip.Addr.Compare)
+	text := make([]string, 0, len(all))
+	for _, a := range slices.Compact(all) {
+		text = append(text, a.String())
+	}
+	return strings.Join(text, ",")
+}
+
+// Addresses returns the gateways.
+func (r Router) Addresses() (out []netip.Addr) {
+	for text := range strings.SplitSeq(r.Gateways, ",") {
+		if a, err := netip.ParseAddr(text); err == nil {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// HasIPv6 reports whether one of the gateways is of IPv6.
+func (r Router) HasIPv6() bool { return slices.ContainsFunc(r.Addresses(), netip.Addr.Is6) }
 
 func (r Router) String() string {
 	s := "router"
-	for _, a := range []netip.Addr{r.Gateway4, r.Gateway6} {
-		if a.IsValid() {
-			s += " " + a.String()
-		}
+	for _, a := range r.Addresses() {
+		s += " " + a.String()
 	}
 	if r.Local {
 		s += " localnet"

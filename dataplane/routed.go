@@ -27,7 +27,8 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 			continue
 		}
 		veth := VethName(e.ID)
-		o := Veth{Name: veth, Alias: EndpointAlias(e), MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "", Router: Router{On: true, Local: len(e.Ports) > 0 && e.IPv4.IsValid()}}
+		o := Veth{Name: veth, Alias: EndpointAlias(e), MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "",
+			Router: NewRouter(len(e.Ports) > 0 && e.IPv4.IsValid(), n.GatewayOf(e.IPv4.Addr()), n.GatewayOf(e.IPv6.Addr()))}
 		for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
 			if !a.IsValid() {
 				continue
@@ -35,11 +36,6 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 			taken[a] = true
 			p.Add(Route{VNI: n.VNI, Prefix: netip.PrefixFrom(a, a.BitLen()), Link: veth})
 			p.Add(Neigh{Link: veth, IP: a, MAC: e.MAC})
-			if a.Is4() {
-				o.Router.Gateway4 = n.GatewayOf(a)
-			} else {
-				o.Router.Gateway6 = n.GatewayOf(a)
-			}
 		}
 		p.Add(o)
 	}
@@ -141,23 +137,26 @@ func pools(v6 bool, n store.Network) (out []netip.Prefix) {
 }
 
 // planRouter adds the rule that leads to our routes, and masquerades what leaves a
-// routed network that is not internal.
+// network that has its own gateway and is not internal.
 func planRouter(p Plan, v6 bool, s store.HostSnapshot) {
-	routed := routedNetworks(v6, s.Networks)
-	if len(routed) == 0 {
+	if len(routedNetworks(v6, s.Networks))+len(ledBridges(v6, s.Networks)) == 0 {
 		return
 	}
 	p.Add(RouteRule{V6: v6})
-	rules := planPorts(p, v6, s.Published)
-	for _, n := range routed {
+	rules := planPorts(p, v6, s.Published, s.Networks)
+	for _, n := range append(routedNetworks(v6, s.Networks), ledBridges(v6, s.Networks)...) {
 		if n.Internal || n.NoMasquerade || !n.OwnGateway() {
 			continue
+		}
+		own := vethPrefix + "+"
+		if !n.Routed() {
+			own = BridgeName(n.VNI)
 		}
 		for _, from := range pools(v6, n) {
 			for _, to := range pools(v6, n) {
 				rules = append(rules, fmt.Sprintf("-s %s -d %s -j RETURN", from, to))
 			}
-			rules = append(rules, fmt.Sprintf("-s %s ! -o %s+ -j MASQUERADE", from, vethPrefix))
+			rules = append(rules, fmt.Sprintf("-s %s ! -o %s -j MASQUERADE", from, own))
 		}
 	}
 	if len(rules) > 0 {
@@ -226,8 +225,9 @@ func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
 
 // planPorts adds the chain that leads from ports of the host to endpoints, and returns
 // the rules that masquerade what would not find its way back: an endpoint that talks to
-// itself through the host's port, and what the host sends from 127.0.0.1.
-func planPorts(p Plan, v6 bool, published []store.Endpoint) (masquerade []string) {
+// itself through the host's port, or to one on its own bridge, which answers it past the
+// host; and what the host sends from 127.0.0.1.
+func planPorts(p Plan, v6 bool, published []store.Endpoint, networks []store.Network) (masquerade []string) {
 	var rules []string
 	for _, e := range published {
 		at := e.IPv4.Addr()
@@ -249,13 +249,20 @@ func planPorts(p Plan, v6 bool, published []store.Endpoint) (masquerade []string
 			rules = append(rules, fmt.Sprintf("%s-p %s -m %s --dport %d -m addrtype --dst-type LOCAL -j DNAT --to-destination %s",
 				to, port.Proto, port.Proto, port.HostPort, netip.AddrPortFrom(at, port.Port)))
 		}
-		masquerade = append(masquerade, fmt.Sprintf("-s %s -d %s -j MASQUERADE", at, at))
+		i := slices.IndexFunc(networks, func(n store.Network) bool { return n.ID == e.Network })
+		if i < 0 || networks[i].Routed() {
+			masquerade = append(masquerade, fmt.Sprintf("-s %s -d %s -j MASQUERADE", at, at))
+			continue
+		}
+		for _, pool := range pools(v6, networks[i]) {
+			masquerade = append(masquerade, fmt.Sprintf("-s %s -d %s -m conntrack --ctstate DNAT -j MASQUERADE", pool, at))
+		}
 	}
 	if len(rules) == 0 {
 		return nil
 	}
 	if !v6 {
-		masquerade = append(masquerade, "-s 127.0.0.0/8 -o "+vethPrefix+"+ -j MASQUERADE")
+		masquerade = append(masquerade, "-s 127.0.0.0/8 -o "+vethPrefix+"+ -j MASQUERADE", "-s 127.0.0.0/8 -o "+bridgePrefix+"+ -j MASQUERADE")
 	}
 	p.Add(NewChain("nat", v6, chainPorts, rules...))
 	p.Add(Jump{"nat", v6, "PREROUTING", chainPorts})

@@ -75,7 +75,12 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 		return nil, fmt.Errorf("network %s: mode %q is not known to this version", n.ID, n.Mode)
 	}
 	bridge, mtu := BridgeName(n.VNI), MTU(n, u)
-	p.Add(Bridge{Name: bridge, Alias: NetworkAlias(n), MAC: store.DeriveMAC("bridge", string(s.Self.ID), bridge), MTU: mtu, Up: true, Closed: true})
+	b := Bridge{Name: bridge, Alias: NetworkAlias(n), MAC: store.DeriveMAC("bridge", string(s.Self.ID), bridge), MTU: mtu, Up: true, Closed: true}
+	if n.OwnGateway() {
+		planLed(p, b, n, s.Endpoints)
+	} else {
+		p.Add(b)
+	}
 	for _, e := range s.Endpoints {
 		planEndpoint(p, e, bridge, mtu)
 	}
@@ -95,7 +100,7 @@ func planEndpoint(p Plan, e store.Endpoint, bridge string, mtu int) {
 		return
 	}
 	veth := VethName(e.ID)
-	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: bridge, MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != ""})
+	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: bridge, MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "", Hairpin: len(e.Ports) > 0})
 	p.Add(FDB{Link: veth, MAC: e.MAC, Master: true})
 }
 
@@ -209,7 +214,9 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 	// Only what is for this host: containers may use the port among themselves,
 	// and with br_netfilter raw sees their frames too. Those need no connection
 	// tracking either: nothing inside a network is translated.
-	raw = append(raw, vxlan+" -m addrtype ! --dst-type UNICAST -j DROP", "-i "+bridgePrefix+"+ -j CT --notrack")
+	raw = append(raw, vxlan+" -m addrtype ! --dst-type UNICAST -j DROP")
+	raw = append(raw, ledTrack(v6, s.Networks)...)
+	raw = append(raw, "-i "+bridgePrefix+"+ -j CT --notrack")
 	if len(routedNetworks(v6, s.Networks)) > 0 {
 		raw = append(raw, routedGuard(v6)...)
 	}
@@ -217,7 +224,9 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 	if tunnels(s, u) { // from anywhere: it answers to nobody but its peers
 		in = append(in, fmt.Sprintf("-p udp -m udp --dport %d:%d -j ACCEPT", s.Self.Tunnel.Port, s.Self.Tunnel.Port+1), "-i "+tunnelPrefix+"+ -j DROP")
 	}
-	in = append(in, vxlan+" -j DROP", "-i "+bridgePrefix+"+ -j DROP")
+	in = append(in, vxlan+" -j DROP")
+	in = append(in, ledInput(v6, s.Networks)...)
+	in = append(in, "-i "+bridgePrefix+"+ -j DROP")
 	p.Add(NewChain("raw", v6, chainPrerout, raw...))
 	p.Add(NewChain("raw", v6, chainOutput, vxlan+" -j CT --notrack"))
 	p.Add(NewChain("filter", v6, chainInput, in...))
@@ -238,6 +247,7 @@ func planForward(p Plan, v6 bool, networks []store.Network, u Underlay) {
 		}
 	}
 	slices.Sort(rules)
+	rules = append(rules, ledForward(v6, networks)...)
 	rules = append(rules, "-i "+bridgePrefix+"+ -j DROP", "-o "+bridgePrefix+"+ -j DROP")
 	rules = append(rules, routedForward(v6, networks, u)...)
 	p.Add(NewChain("filter", v6, chainForward, rules...))

@@ -70,7 +70,7 @@ func options() []Option {
 				s.mtu = n
 				return nil
 			}},
-		{Key: "gateway", Default: "`docker`; `weft` with `mode=routed`", Help: "who leads out of the network; `docker`: docker_gwbridge masquerades and publishes ports, by a second interface of each container; `weft`: the network's own gateway, on every host (only with `mode=routed`)",
+		{Key: "gateway", Default: "`docker`; `weft` with `mode=routed`", Help: "who leads out of the network; `docker`: docker_gwbridge masquerades and publishes ports, by a second interface of each container, and shows them in `docker ps`; `weft`: the network's own gateway, on every host",
 			set: func(s *settings, v string) error {
 				if v != gatewayDocker && v != gatewayWeft {
 					return fmt.Errorf("%s is not a gateway; use docker or weft", clip(v))
@@ -201,10 +201,8 @@ func (s settings) agree() error {
 	switch routed := s.mode == store.ModeRouted; {
 	case routed && s.gateway == gatewayDocker:
 		return fmt.Errorf("options mode=routed and gateway=docker do not go together: a routed network has its own gateway; leave gateway out, or use mode=vxlan")
-	case !routed && s.gateway == gatewayWeft:
-		return fmt.Errorf("option gateway=weft needs mode=routed in this version; add it, or leave gateway out")
-	case !routed && s.noMasq:
-		return fmt.Errorf("option masquerade=false needs gateway=weft, which needs mode=routed: docker_gwbridge masquerades always")
+	case !routed && s.gateway != gatewayWeft && s.noMasq:
+		return fmt.Errorf("option masquerade=false needs gateway=weft: docker_gwbridge masquerades always")
 	}
 	return nil
 }

@@ -55,11 +55,11 @@ func joinReply(n store.Network, e store.Endpoint) JoinResponse {
 	}
 	r := JoinResponse{InterfaceName: InterfaceName{SrcName: store.ContainerLink(e.ID.HostLink()), DstPrefix: prefix, DstName: e.Ifname},
 		DisableGatewayService: n.Internal}
-	if !n.Routed() {
+	if n.Routed() {
+		r.StaticRoutes = routedRoutes(n, e)
+	} else {
 		r.StaticRoutes = subnetRoutes(n, e)
-		return r
 	}
-	r.StaticRoutes = routedRoutes(n, e)
 	if !n.OwnGateway() {
 		return r
 	}

@@ -60,7 +60,7 @@ func parseNetwork(r network.CreateNetworkRequest) (store.Network, error) {
 		}
 		s.internal = s.internal || on
 	}
-	n = store.Network{ID: store.NetworkID(r.NetworkID), VNI: s.vni, Mode: s.mode, MTU: s.mtu, Internal: s.internal, Encrypted: s.encrypted, NoMasquerade: s.noMasq,
+	n = store.Network{ID: store.NetworkID(r.NetworkID), VNI: s.vni, Mode: s.mode, MTU: s.mtu, Internal: s.internal, Encrypted: s.encrypted, NoMasquerade: s.noMasq, GatewayWeft: s.gateway == gatewayWeft && s.mode != store.ModeRouted,
 		Ifname: s.ifname, Options: given, Key: s.key, Meet: s.meet}
 	// In Swarm an IPv6 subnet may come in the IPv4 list: the address decides.
 	for i, d := range slices.Concat(r.IPv4Data, r.IPv6Data) {
@@ -83,8 +83,8 @@ func parseNetwork(r network.CreateNetworkRequest) (store.Network, error) {
 		n.Subnets = append(n.Subnets, sub)
 	}
 	for _, sub := range n.Subnets {
-		if n.Routed() && !sub.Gateway.IsValid() {
-			return n, fmt.Errorf("subnet %s has no gateway, which a routed or encrypted network needs; give one with --gateway", sub.Pool)
+		if (n.Routed() || n.OwnGateway()) && !sub.Gateway.IsValid() {
+			return n, fmt.Errorf("subnet %s has no gateway, which a network needs that is routed, encrypted or has gateway=weft; give one with --gateway", sub.Pool)
 		}
 	}
 	if len(n.Subnets) == 0 {

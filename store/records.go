@@ -168,6 +168,8 @@ type Network struct {
 	Subnets  []Subnet  `json:"subnets"`
 	// Encrypted: between hosts it goes by WireGuard alone.
 	Encrypted bool `json:"encrypted,omitempty"`
+	// GatewayWeft: Weft leads out of the network, not Docker; always so if it is routed.
+	GatewayWeft bool `json:"gatewayWeft,omitempty"`
 	// NoMasquerade: what leaves a network whose gateway is ours keeps its address.
 	NoMasquerade bool              `json:"noMasquerade,omitempty"`
 	Ifname       string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
@@ -194,7 +196,7 @@ func (n Network) Prefixes() []netip.Prefix {
 func (n Network) Routed() bool { return n.Mode == ModeRouted || n.Encrypted }
 
 // OwnGateway reports whether Weft leads out of the network, not Docker.
-func (n Network) OwnGateway() bool { return n.Mode == ModeRouted }
+func (n Network) OwnGateway() bool { return n.Mode == ModeRouted || n.GatewayWeft }
 
 // GatewayOf returns the gateway of the subnet that has the address, or the zero Addr.
 func (n Network) GatewayOf(a netip.Addr) netip.Addr {

@@ -63,6 +63,20 @@ var stages = []stage{
 		_, err := f.host.Docker(ctx, "network", "rm", "way")
 		return ignoreGone(err)
 	}},
+	{"vault create", "vault rm", "vault", true, func(ctx context.Context, f *failHost) error {
+		return f.vault(ctx, f.host)
+	}},
+	{"vault create on the peer", "vault rm on the peer", "vault of the peer", true, func(ctx context.Context, f *failHost) error {
+		return f.vault(ctx, f.peer)
+	}},
+	{"vault rm on the peer", "vault create on the peer", "vault of the peer", false, func(ctx context.Context, f *failHost) error {
+		_, err := f.peer.Docker(ctx, "network", "rm", "vault"+f.vni)
+		return ignoreGone(err)
+	}},
+	{"vault rm", "vault create", "vault", false, func(ctx context.Context, f *failHost) error {
+		_, err := f.host.Docker(ctx, "network", "rm", "vault"+f.vni)
+		return ignoreGone(err)
+	}},
 	{"run on the peer", "rm on the peer", "visitor", true, func(ctx context.Context, f *failHost) error {
 		_, _ = f.peer.Docker(ctx, "rm", "--force", "visitor")
 		_, err := f.peer.Run(ctx, "visitor", "--network", "app")
@@ -72,6 +86,13 @@ var stages = []stage{
 		_, err := f.peer.Docker(ctx, "rm", "--force", "visitor")
 		return ignoreGone(err)
 	}},
+}
+
+// vault makes the encrypted network of f on a host.
+func (f *failHost) vault(ctx context.Context, h *hosts.Host) error {
+	_, err := h.Docker(ctx, "network", "create", "-d", hosts.PluginName, "-o", "encrypted",
+		"--subnet", f.encrypted, "-o", "vni=2"+f.vni, "vault"+f.vni)
+	return err
 }
 
 func ignoreGone(err error) error {
@@ -90,6 +111,8 @@ func stageOf(step string) string {
 		{"driver.DeleteNetwork", "network rm"}, {"ipam.ReleasePool", "network rm"},
 		{"driver.Program", "routed run"}, {"kernel.put.route", "routed run"}, {"kernel.put.rule", "routed create"}, {"kernel.put.blackhole", "routed create"},
 		{"kernel.delete.route", "routed stop"}, {"kernel.delete.rule", "routed rm"}, {"kernel.delete.blackhole", "routed rm"},
+		{"kernel.put.wireguard", "vault create"}, {"kernel.delete.wireguard", "vault rm"},
+		{"kernel.put.peer", "vault create on the peer"}, {"kernel.delete.peer", "vault rm on the peer"},
 		{"kernel.put.veth", "run"}, {"kernel.put.fdb", "run"}, {"kernel.put.neigh", "run on the peer"}, {"kernel.put.", "network create"},
 		{"kernel.delete.veth", "rm"}, {"kernel.delete.fdb", "rm"}, {"kernel.delete.neigh", "rm on the peer"}, {"kernel.delete.", "network rm"},
 	} {
@@ -109,6 +132,7 @@ type failHost struct {
 	host, peer   *hosts.Host
 	subnet, vni  string
 	routed       string       // subnet of its routed network
+	encrypted    string       // subnet of its encrypted network
 	state        string       // folder of the fail point's file
 	steps        []string     // to be killed at
 	stays        func() error // tells whether what runs still talks; nil before anything runs
@@ -122,7 +146,7 @@ func TestEveryStepCanBeTheLast(t *testing.T) {
 	t.Parallel()
 	// Most of the time Docker waits before it tries again: four hosts share it.
 	lab := newLab(t, 4, nil)
-	install(t, lab, pluginDir(t, "failpoint", "crash"))
+	install(t, lab, pluginDir(t, "failpoint", "crash"), clusterKey)
 	out, err := lab.Hosts[0].Exec(t.Context(), "weft", "failpoints")
 	if err != nil {
 		t.Fatal(err)
@@ -133,7 +157,7 @@ func TestEveryStepCanBeTheLast(t *testing.T) {
 	}
 	all := make([]*failHost, len(lab.Hosts))
 	for i, h := range lab.Hosts {
-		all[i] = &failHost{host: h, peer: lab.Hosts[(i+1)%len(lab.Hosts)], subnet: fmt.Sprintf("10.%d.0.0/16", 41+i), routed: fmt.Sprintf("10.%d.0.0/16", 51+i), vni: fmt.Sprint(5001 + i)}
+		all[i] = &failHost{host: h, peer: lab.Hosts[(i+1)%len(lab.Hosts)], subnet: fmt.Sprintf("10.%d.0.0/16", 41+i), routed: fmt.Sprintf("10.%d.0.0/16", 51+i), encrypted: fmt.Sprintf("10.%d.0.0/16", 61+i), vni: fmt.Sprint(5001 + i)}
 		if all[i].state, err = h.StateDir(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -262,6 +286,8 @@ func (f *failHost) cycles(t *testing.T, steps []string) {
 				inside = count("run", "rm")
 			case "routed network":
 				inside = count("routed run", "routed stop")
+			case "vault":
+				inside = count("vault create on the peer", "vault rm on the peer")
 			}
 			switch {
 			case s.makes == there[s.thing]:
@@ -281,7 +307,7 @@ func (f *failHost) cycles(t *testing.T, steps []string) {
 			there[s.thing] = s.makes
 		}
 	}
-	if len(steps) > 0 && (there["network"] || there["routed network"] || slices.ContainsFunc(stages, func(s stage) bool { return count(s.name) > 0 })) {
+	if len(steps) > 0 && (there["network"] || there["routed network"] || there["vault"] || slices.ContainsFunc(stages, func(s stage) bool { return count(s.name) > 0 })) {
 		t.Errorf("host %s: not all steps were tried: %v", f.host.Name, left)
 	}
 }

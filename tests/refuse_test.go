@@ -127,7 +127,7 @@ func refusals(t *testing.T, lab *hosts.Lab) {
 	// Options.
 	for _, o := range []struct{ option, want string }{
 		{"mtuu=1400", "did you mean mtu"}, {"vlan=7", "vlan"}, {"mtu=67", "67"}, {"mtu=big", "big"}, {"vni=0", "vni"},
-		{"vni=16777216", "16777216"}, {"vni=1,2", "list"}, {"encrypted", "encrypt"}, {"mode=bgp", "vxlan"}, {"gateway=me", "docker"}, {"gateway=weft", "mode=routed"},
+		{"vni=16777216", "16777216"}, {"vni=1,2", "list"}, {"encrypted", "encrypt"}, {"mode=bgp", "vxlan"}, {"gateway=me", "docker"}, {"masquerade=no", "gateway=weft"},
 		{"ifname=a/b", "a/b"}, {"internal=maybe", "maybe"}, {"mtu=$(reboot)", "reboot"},
 	} {
 		key, _, _ := strings.Cut(o.option, "=")

@@ -13,7 +13,8 @@ import (
 	"github.com/weftnet/weft/tests/hosts"
 )
 
-// TestRouted has routed networks on three hosts of either engine.
+// TestRouted has networks with their own gateway on two hosts of either engine, routed
+// ones and then such with a bridge.
 func TestRouted(t *testing.T) {
 	t.Parallel()
 	for name, engine := range engines(t) {
@@ -29,17 +30,26 @@ func TestRouted(t *testing.T) {
 				}
 				r.first = append(r.first, inv)
 			}
-			t.Run("across hosts", r.acrossHosts)
-			t.Run("published", r.published)
-			t.Run("survives", r.survives)
-			t.Run("isolation", r.isolation)
-			t.Run("nothing left", r.nothingLeft)
+			for i, way := range []string{"mode=routed", "gateway=weft"} {
+				if !soak() && (i == 1) != (name == "newest") {
+					continue // the soak has both on both
+				}
+				r.way = way
+				t.Run(way, func(t *testing.T) {
+					t.Run("across hosts", r.acrossHosts)
+					t.Run("published", r.published)
+					t.Run("survives", r.survives)
+					t.Run("isolation", r.isolation)
+					t.Run("nothing left", r.nothingLeft)
+				})
+			}
 		})
 	}
 }
 
 type routed struct {
 	name  string
+	way   string // option of the networks: routed, or a bridge with the network's own gateway
 	lab   *hosts.Lab
 	first []hosts.Inventory
 }
@@ -47,7 +57,7 @@ type routed struct {
 func (r *routed) acrossHosts(t *testing.T) {
 	var all []hosts.Container
 	for i, h := range r.lab.Hosts {
-		docker(t, h, "network", "create", "-d", hosts.PluginName, "-o", "mode=routed", "--subnet", "10.80.0.0/16", "--gateway", "10.80.0.1", "--ip-range", fmt.Sprintf("10.80.%d.0/24", i+1),
+		docker(t, h, "network", "create", "-d", hosts.PluginName, "-o", r.way, "--subnet", "10.80.0.0/16", "--gateway", "10.80.0.1", "--ip-range", fmt.Sprintf("10.80.%d.0/24", i+1),
 			"--ipv6", "--subnet", "fd00:80::/64", "app")
 		for j := range 2 {
 			all = append(all, run(t, h, fmt.Sprintf("app%d%d", i, j), "--network", "app", "--ip6", fmt.Sprintf("fd00:80::%d%d", i+1, j+1)))
@@ -114,7 +124,7 @@ func (r *routed) published(t *testing.T) {
 	a, b := r.lab.Hosts[0], r.lab.Hosts[1]
 	web := run(t, a, "web", "--network", "app", "--ip", "10.80.1.99", "--ip6", "fd00:80::99", "-p", "8080:80", "-p", "127.0.0.1:8081:80")
 	serve(t, web, "web")
-	docker(t, a, "network", "create", "-d", hosts.PluginName, "-o", "mode=routed", "--subnet", "10.81.0.0/16", "--gateway", "10.81.0.1", "other")
+	docker(t, a, "network", "create", "-d", hosts.PluginName, "-o", r.way, "--subnet", "10.81.0.0/16", "--gateway", "10.81.0.1", "other")
 	here, there := a.Address.String(), "[fd00:80::99]:80"
 	near := hosts.Container{Host: a, Name: "app00"}
 	far := hosts.Container{Host: b, Name: "app10"}
@@ -192,7 +202,7 @@ func (r *routed) published(t *testing.T) {
 		removeOthers(t, h)
 	}
 	docker(t, a, "network", "rm", "other")
-	figure(t, "routed: published ports on "+r.name, 1, "answer to 11 kinds of client; 4 conflicts refused")
+	figure(t, r.way+": published ports on "+r.name, 1, "answer to 11 kinds of client; 4 conflicts refused")
 }
 
 // survives: the plugin is killed while containers on two hosts talk; then what it made
@@ -221,7 +231,7 @@ func (r *routed) survives(t *testing.T) {
 		}
 	}
 	report := lossless(t, probe)
-	figure(t, "routed: plugin killed on "+r.name, runs*len(r.lab.Hosts), "%d of %d packets lost (target 0)", report.Lost, report.Sent)
+	figure(t, r.way+": plugin killed on "+r.name, runs*len(r.lab.Hosts), "%d of %d packets lost (target 0)", report.Lost, report.Sent)
 	for _, damage := range []string{
 		"ip route flush table 4796", "ip -6 route flush table 4796", "ip rule del pref 4796", "ip -6 rule del pref 4796",
 		"iptables -t nat -F", "iptables -t filter -F", "iptables -t raw -F", "ip6tables -t filter -F",
@@ -263,7 +273,7 @@ func (r *routed) survives(t *testing.T) {
 func (r *routed) isolation(t *testing.T) {
 	a, b := r.lab.Hosts[0], r.lab.Hosts[1]
 	for _, h := range r.lab.Hosts {
-		docker(t, h, "network", "create", "-d", hosts.PluginName, "-o", "mode=routed", "--subnet", "10.82.0.0/16", "--gateway", "10.82.0.1", "--ipam-driver", hosts.PluginName, "--internal", "-o", "vni=5082", "inner")
+		docker(t, h, "network", "create", "-d", hosts.PluginName, "-o", r.way, "--subnet", "10.82.0.0/16", "--gateway", "10.82.0.1", "--ipam-driver", hosts.PluginName, "--internal", "-o", "vni=5082", "inner")
 	}
 	app, inner := run(t, a, "iso1", "--network", "app", "--ip6", "fd00:80::a1", "--cap-add", "NET_ADMIN"), run(t, a, "iso2", "--network", "inner", "--cap-add", "NET_ADMIN")
 	appB, innerB := run(t, b, "iso3", "--network", "app", "--ip6", "fd00:80::b1"), run(t, b, "iso4", "--network", "inner")

@@ -58,7 +58,7 @@ type link struct {
 }
 
 // port is the part of a link that is a port of a bridge.
-type port struct{ learning, suppress bool }
+type port struct{ learning, suppress, hairpin bool }
 
 // bridgeSettings must all be off.
 type bridgeSettings struct{ stp, snooping, vlan bool }
@@ -185,6 +185,8 @@ func (l *link) parseKind(b []byte) {
 					l.port.learning = u8(v) != 0
 				case nl.IFLA_BRPORT_NEIGH_SUPPRESS:
 					l.port.suppress = u8(v) != 0
+				case nl.IFLA_BRPORT_MODE:
+					l.port.hairpin = u8(v) != 0
 				}
 			}
 		}
@@ -258,14 +260,29 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
 		}
 		return ""
 	}
+	router := func(l *link) (r dataplane.Router, err error) {
+		if own == nil {
+			own, err = k.addresses()
+		}
+		return readRouter(l, own[l.index]), err
+	}
 	for _, l := range links {
 		if n, ok := l.vni(); !ok || n != v {
 			continue
 		}
 		switch l.kind {
 		case "bridge":
-			p.Add(dataplane.Bridge{Name: l.name, MAC: l.mac, MTU: l.mtu, Up: l.up, Closed: l.closed4 && l.closed6,
-				Alias: spoil(l.alias, map[string]bool{"stp": l.bridge.stp, "multicast snooping": l.bridge.snooping, "vlan filtering": l.bridge.vlan})})
+			o := dataplane.Bridge{Name: l.name, MAC: l.mac, MTU: l.mtu, Up: l.up, Closed: l.closed4 && l.closed6,
+				Alias: spoil(l.alias, map[string]bool{"stp": l.bridge.stp, "multicast snooping": l.bridge.snooping, "vlan filtering": l.bridge.vlan})}
+			if n, ok := dataplane.ParseNetworkAlias(l.alias); ok && n.OwnGateway() && !n.Routed() {
+				r, err := router(l)
+				if err != nil {
+					return err
+				}
+				r.On = r.On && l.closed4 && (l.closed6 || r.HasIPv6())
+				o.Closed, o.Router = false, r
+			}
+			p.Add(o)
 		case "vxlan":
 			p.Add(dataplane.VXLAN{Name: l.name, Alias: l.alias, VNI: l.tunnel.vni, Local: l.tunnel.local, Port: l.tunnel.port,
 				Underlay: spoil(name(l.tunnel.under), map[string]bool{"learning or default destination": l.tunnel.odd}),
@@ -274,15 +291,11 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
 		case "veth":
 			o := readVeth(l, byIndex[l.lower], name(l.master))
 			if l.master == 0 {
-				if own == nil {
-					var err error
-					if own, err = k.addresses(); err != nil {
-						return err
-					}
+				r, err := router(l)
+				if err != nil {
+					return err
 				}
-				r, odd := gateways(own[l.index])
-				r.Local = l.localnet
-				r.On = !odd && l.mac == dataplane.RouterMAC && l.router4 && (l.forward6 || !r.Gateway6.IsValid())
+				r.On = r.On && l.mac == dataplane.RouterMAC
 				o.Router = r
 			}
 			p.Add(o)
@@ -294,7 +307,7 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
 func readVeth(l, peer *link, bridge string) dataplane.Veth {
 	e, _ := dataplane.ParseEndpointAlias(l.alias)
 	o := dataplane.Veth{Name: l.name, Alias: l.alias, MAC: e.MAC, MTU: l.mtu, Up: l.up, Joined: e.Sandbox != "",
-		Bridge: spoil(bridge, map[string]bool{"learning": l.port.learning})}
+		Hairpin: l.port.hairpin, Bridge: spoil(bridge, map[string]bool{"learning": l.port.learning})}
 	if waits(l, peer) {
 		o.MAC, o.Waits = peer.mac, true
 	}

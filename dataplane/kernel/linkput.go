@@ -113,12 +113,13 @@ func (k *Kernel) raise(name string, closed, up bool) error {
 }
 
 // portAttr sets the flags of a bridge's port.
-func portAttr(suppress bool) *nl.RtAttr {
+func portAttr(suppress, hairpin bool) *nl.RtAttr {
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(unix.IFLA_INFO_SLAVE_KIND, []byte("bridge"))
 	data := info.AddRtAttr(unix.IFLA_INFO_SLAVE_DATA, nil)
 	data.AddChild(flag(nl.IFLA_BRPORT_LEARNING, false))
 	data.AddChild(flag(nl.IFLA_BRPORT_NEIGH_SUPPRESS, suppress))
+	data.AddChild(flag(nl.IFLA_BRPORT_MODE, hairpin))
 	return info
 }
 
@@ -176,21 +177,29 @@ func (k *Kernel) putBridge(o dataplane.Bridge) error {
 	if err != nil {
 		return err
 	}
-	if o.Closed {
-		k.disableIPv6(o.Name)
+	switch {
+	case o.Closed || o.Router.On && !o.Router.HasIPv6():
+		k.setIPv6(o.Name, false)
+	case o.Router.On:
+		k.setIPv6(o.Name, true)
 	}
-	return k.raise(o.Name, o.Closed, o.Up)
+	if o.Router.On {
+		if err := k.putRouter(o.Name, o.Router); err != nil {
+			return err
+		}
+	}
+	return k.raise(o.Name, o.Closed || o.Router.On, o.Up)
 }
 
-// disableIPv6 cannot be done by netlink. Where /proc/sys cannot be written the
-// link keeps IPv6 without an address, and Read tells.
-func (k *Kernel) disableIPv6(name string) {
+// setIPv6 cannot be done by netlink. Where /proc/sys cannot be written the link keeps
+// IPv6 without an address, and Read tells.
+func (k *Kernel) setIPv6(name string, on bool) {
 	if k.rules.ipv6Off() {
 		return
 	}
-	err := os.WriteFile(filepath.Join(k.cfg.SysNet, "ipv6/conf", name, "disable_ipv6"), []byte("1"), 0o644)
+	err := os.WriteFile(filepath.Join(k.cfg.SysNet, "ipv6/conf", name, "disable_ipv6"), []byte{'0' + byte(bit(!on))}, 0o644)
 	if err != nil && !errors.Is(err, os.ErrNotExist) && !k.noSysctl.Swap(true) {
-		k.log.Warn("cannot disable IPv6 on bridges; mount the host's /proc/sys/net for Weft to write", "path", k.cfg.SysNet, "err", err)
+		k.log.Warn("cannot switch IPv6 on bridges off or on; mount the host's /proc/sys/net for Weft to write", "path", k.cfg.SysNet, "err", err)
 	}
 }
 
@@ -223,7 +232,7 @@ func (k *Kernel) putVXLAN(o dataplane.VXLAN) error {
 	}
 	var flags *nl.RtAttr
 	if o.Bridge != "" {
-		flags = portAttr(o.Suppress)
+		flags = portAttr(o.Suppress, false)
 	}
 	l, err := k.ownKind(o.Name, "vxlan")
 	if err != nil {
@@ -324,7 +333,7 @@ func (k *Kernel) putVeth(o dataplane.Veth) error {
 	}
 	more := []*nl.RtAttr{aliasAttr(o.Alias)}
 	if o.Bridge != "" {
-		more = append(more, portAttr(false))
+		more = append(more, portAttr(false, o.Hairpin))
 	}
 	if o.Router.On {
 		more = append(more, macAttr(dataplane.RouterMAC))

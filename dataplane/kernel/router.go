@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -41,23 +42,20 @@ func (k *Kernel) addresses() (map[int32][]netip.Prefix, error) {
 	return out, nil
 }
 
-// gateways are the addresses of a router's port, and whether it has others.
-func gateways(own []netip.Prefix) (r dataplane.Router, odd bool) {
+// readRouter returns the router's port that a link with the addresses is.
+func readRouter(l *link, own []netip.Prefix) dataplane.Router {
+	var gateways []netip.Addr
+	odd := false
 	for _, a := range own {
-		ip := a.Addr()
-		switch {
-		case ip.Is6() && ip.IsLinkLocalUnicast():
-		case a.Bits() != ip.BitLen():
-			odd = true
-		case ip.Is4() && !r.Gateway4.IsValid():
-			r.Gateway4 = ip
-		case ip.Is6() && !r.Gateway6.IsValid():
-			r.Gateway6 = ip
-		default:
-			odd = true
+		if ip := a.Addr(); a.Bits() != ip.BitLen() {
+			odd = odd || !(ip.Is6() && ip.IsLinkLocalUnicast())
+		} else {
+			gateways = append(gateways, ip)
 		}
 	}
-	return r, odd
+	r := dataplane.NewRouter(l.localnet, gateways...)
+	r.On = !odd && l.router4 && (l.forward6 || !r.HasIPv6())
+	return r
 }
 
 // putRouter makes the link a router's port. The host's IPv6 stack forwards for all
@@ -77,7 +75,7 @@ func (k *Kernel) putRouter(name string, r dataplane.Router) error {
 	if err := k.route.do(change(name, spec)); err != nil {
 		return err
 	}
-	if r.Gateway6.IsValid() && !l.forward6 {
+	if r.HasIPv6() && !l.forward6 {
 		k.forwardIPv6()
 	}
 	have, err := k.addresses()
@@ -86,17 +84,14 @@ func (k *Kernel) putRouter(name string, r dataplane.Router) error {
 	}
 	for _, a := range have[l.index] {
 		ip := a.Addr()
-		if ip.Is6() && ip.IsLinkLocalUnicast() || a.Bits() == ip.BitLen() && (ip == r.Gateway4 || ip == r.Gateway6) {
+		if ip.Is6() && ip.IsLinkLocalUnicast() || a.Bits() == ip.BitLen() && slices.Contains(r.Addresses(), ip) {
 			continue
 		}
 		if err := k.route.do(addressRequest(unix.RTM_DELADDR, l.index, a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return fmt.Errorf("remove address %s: %w", a, err)
 		}
 	}
-	for _, ip := range []netip.Addr{r.Gateway4, r.Gateway6} {
-		if !ip.IsValid() {
-			continue
-		}
+	for _, ip := range r.Addresses() {
 		if err := k.route.do(addressRequest(unix.RTM_NEWADDR, l.index, netip.PrefixFrom(ip, ip.BitLen()))); err != nil {
 			return fmt.Errorf("address %s: %w", ip, err)
 		}

@@ -79,12 +79,21 @@ func Examples() []Example {
 		{"routed, ipv6 link", Routed(Network(4109, 1, 2, 2, wide6, v4, v6)), wide6},
 		{"routed, no underlay", Routed(Network(4110, 2, 1, 1, dataplane.Underlay{}, v4)), dataplane.Underlay{}},
 		{"routed, no endpoints", Routed(Network(4111, 0, 0, 0, wide4, v4)), wide4},
+		{"own gateway", Led(Network(4117, 2, 2, 2, under4, v4)), under4},
+		{"own gateway, dual stack", Led(Network(4118, 2, 2, 2, under4, v4, v6)), under4},
 		{"encrypted", Encrypted(Network(4112, 2, 2, 3, under4, v4), 1), under4},
 		{"encrypted, routed, dual stack", Encrypted(Routed(Network(4113, 2, 2, 2, under4, v4, v6)), 1), under4},
 		{"encrypted, ipv6 underlay", Encrypted(Network(4114, 1, 2, 2, under6, v6), 1), under6},
 		{"encrypted, keys change", Encrypted(Network(4115, 2, 2, 2, under4, v4), 2), under4},
 		{"encrypted, no underlay", Encrypted(Network(4116, 2, 1, 1, dataplane.Underlay{}, v4), 1), dataplane.Underlay{}},
 	}
+}
+
+// Led gives the network a gateway of its own on its bridge, and publishes a port.
+func Led(s store.Snapshot) store.Snapshot {
+	s.Network.GatewayWeft = true
+	s.Endpoints[0].Ports = []store.Port{{Proto: "tcp", Port: 80, HostPort: 8080}}
+	return s
 }
 
 // TunnelPort is the UDP port of WireGuard in the examples.

@@ -231,7 +231,7 @@ func (m *Memory) refuse(o dataplane.Object) error {
 		}
 		return m.needBridge(o.Bridge)
 	case dataplane.Route:
-		if _, there := m.port(o.Link); o.Link != "" && !m.hardware[o.Link] && !there && !m.tunnel(o.Link) {
+		if _, there := m.port(o.Link); o.Link != "" && !m.hardware[o.Link] && !there && !m.tunnel(o.Link) && m.needBridge(o.Link) != nil {
 			return fmt.Errorf("link %s: no such link", o.Link)
 		}
 		for i, k := range o.Peers {

@@ -183,6 +183,10 @@ func variants(o dataplane.Object) []dataplane.Object {
 		a, b, c, d := o, o, o, o
 		a.MTU, b.Up, c.MAC, d.Alias = 1300, !o.Up, mac, o.Alias+"x"
 		out = append(out, a, b, c, d)
+		if e := o; o.Router.On {
+			e.Router = dataplane.NewRouter(!o.Router.Local, netip.MustParseAddr("203.0.113.1"))
+			out = append(out, e)
+		}
 	case dataplane.VXLAN:
 		a, b, c, d, e, f := o, o, o, o, o, o
 		a.MTU, b.Up, c.MAC, d.Port, e.Suppress, f.NoChecksum = 1300, false, mac, o.Port+1, false, !o.NoChecksum
@@ -194,13 +198,13 @@ func variants(o dataplane.Object) []dataplane.Object {
 		a, b, c := o, o, o
 		a.MTU, b.Up, c.MAC = 1300, false, mac
 		out = append(out, a, b, c)
-		if d := o; o.Router.Gateway4.IsValid() {
-			d.Router.Gateway4 = netip.MustParseAddr("203.0.113.1")
-			out = append(out, d)
-		}
-		if e := o; o.Router.Gateway6.IsValid() {
-			e.Router.Gateway6 = netip.Addr{}
+		if e := o; o.Bridge != "" {
+			e.Hairpin = !o.Hairpin
 			out = append(out, e)
+		}
+		if d := o; o.Router.On {
+			d.Router = dataplane.NewRouter(o.Router.Local, netip.MustParseAddr("203.0.113.1"))
+			out = append(out, d)
 		}
 	case dataplane.Route:
 		if a := o; !o.Peers[0].IsZero() {
