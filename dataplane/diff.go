@@ -87,6 +87,12 @@ func lost(w Object, want, have Plan) bool {
 
 // same reports whether the kernel need not be changed to have want.
 func same(have, want Object) bool {
+	if h, ok := have.(Veth); ok && !h.Waits {
+		if w, ok := want.(Veth); ok { // both sides keep what the container got
+			h.MTU = w.MTU
+			return compared(h) == compared(w)
+		}
+	}
 	h, ok := have.(TunnelPeer)
 	if w, peer := want.(TunnelPeer); ok && peer && h.Talks {
 		h.Endpoints, h.Talks = w.Endpoints, w.Talks

@@ -189,7 +189,7 @@ func (l *Loop) findUnderlay(ctx context.Context) error {
 	if u.NoChecksum {
 		l.log.Info("checksum offload of VXLAN links is switched off", "reason", u.Reason)
 	}
-	l.db.SetAddress(u.Address)
+	l.db.SetAddress(u.Address, u.MTU)
 	for v := range l.networks {
 		if v != store.HostVNI {
 			l.mark(v)

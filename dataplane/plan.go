@@ -122,7 +122,7 @@ type Veth struct {
 	Alias  string    // holds endpoint, network, MAC and addresses
 	Bridge string    // master; empty on a routed network
 	MAC    store.MAC // of the container's side, set at creation
-	MTU    int
+	MTU    int       // of both sides; once Docker has taken one, both keep what they have
 	Up     bool
 	// Joined: the container's side was handed over to Docker, also told by the
 	// alias. The link then cannot be made again, only repaired.
@@ -167,7 +167,7 @@ type Set struct {
 // comment "weft <hash> <i>/<n>", by which it is recognised: rules are never parsed
 // back. Make one with NewChain; Kernel.Read fills Hash alone.
 type Chain struct {
-	Table string // "raw", "nat" or "filter"
+	Table string // "raw", "mangle", "nat" or "filter"
 	V6    bool
 	Name  string
 	Hash  string // of the rules, 12 hex digits

@@ -20,7 +20,7 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 	for _, sub := range n.Subnets {
 		p.Add(Route{VNI: n.VNI, Prefix: sub.Pool})
 	}
-	mtu := MTU(n, u)
+	mtu := InnerMTU(n, s.Self, s.Around, u)
 	taken := map[netip.Addr]bool{}
 	for _, e := range s.Endpoints {
 		if e.Left {

@@ -19,10 +19,27 @@ const (
 	chainForward = "WEFT-FORWARD"
 	chainPostrt  = "WEFT-POSTROUTING"
 	chainPorts   = "WEFT-PORTS"
+	chainClamp   = "WEFT-MSS"
 )
 
 // minMTU is the smallest MTU that IPv4 allows (RFC 791).
 const minMTU = 68
+
+// planClamp lets TCP agree on segments that fit the way, where hosts route: not every
+// path brings the message that a packet was too large.
+func planClamp(p Plan, v6 bool, networks []store.Network) {
+	if len(routedNetworks(v6, networks))+len(ledBridges(v6, networks)) == 0 {
+		return
+	}
+	var rules []string
+	for _, link := range []string{vethPrefix + "+", bridgePrefix + "+"} {
+		for _, way := range []string{"-i ", "-o "} {
+			rules = append(rules, way+link+" -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu")
+		}
+	}
+	p.Add(NewChain("mangle", v6, chainClamp, rules...))
+	p.Add(Jump{"mangle", v6, "FORWARD", chainClamp})
+}
 
 // Overhead returns the bytes that VXLAN adds to a packet: inner Ethernet 14,
 // VXLAN 8, UDP 8 and the outer IP header (RFC 7348).
@@ -33,10 +50,9 @@ func Overhead(underlay netip.Addr) int {
 	return 50
 }
 
-// MTU returns the MTU of a network's interfaces in bytes: the explicit one, else what
-// the underlay leaves to a VXLAN device or to WireGuard, else Ethernet's minus the overhead. That of a
-// routed network is the underlay's: where the way to a peer is a tunnel, the host tells
-// senders what fits (ICMP), as any router.
+// MTU returns the MTU of a network's own links in bytes: the explicit one, else what the
+// underlay leaves to a VXLAN device or to WireGuard, else Ethernet's minus the overhead;
+// on a routed network the underlay's.
 func MTU(n store.Network, u Underlay) int {
 	switch {
 	case n.MTU != 0:
@@ -49,6 +65,36 @@ func MTU(n store.Network, u Underlay) int {
 		return 1500
 	}
 	return tunnelMTU(u)
+}
+
+// InnerMTU returns the MTU of the containers' interfaces in bytes: the explicit one, else
+// the lowest of the ways to all peers, of which each has told the MTU of its own link.
+func InnerMTU(n store.Network, self store.Host, around []store.Peer, u Underlay) int {
+	if n.MTU != 0 {
+		return n.MTU
+	}
+	// One family goes through a tunnel where hosts route and have addresses of the other.
+	mixed := n.Mode == store.ModeRouted && !n.Encrypted && u.Address.IsValid() && len(pools(u.Address.Is4(), n)) > 0
+	lowest := MTU(n, u)
+	if mixed {
+		lowest = min(lowest, tunnelMTU(u))
+	}
+	for _, p := range around {
+		link := u
+		if p.MTU != 0 {
+			link.MTU = min(u.MTU, p.MTU)
+		}
+		way := MTU(n, link)
+		switch {
+		case n.Mode != store.ModeRouted || n.Encrypted:
+		case across(self, p.Host, u):
+			way = tunnelledMTU(link)
+		case mixed || !u.Prefix.Contains(p.Address):
+			way = tunnelMTU(link)
+		}
+		lowest = min(lowest, way)
+	}
+	return lowest
 }
 
 func tunnelMTU(u Underlay) int {
@@ -82,7 +128,7 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 		p.Add(b)
 	}
 	for _, e := range s.Endpoints {
-		planEndpoint(p, e, bridge, mtu)
+		planEndpoint(p, e, bridge, InnerMTU(n, s.Self, s.Around, u))
 	}
 	// Without an underlay the network works on this host.
 	if !u.Address.IsValid() {
@@ -95,12 +141,12 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	return p, nil
 }
 
-func planEndpoint(p Plan, e store.Endpoint, bridge string, mtu int) {
+func planEndpoint(p Plan, e store.Endpoint, bridge string, inner int) {
 	if e.Left {
 		return
 	}
 	veth := VethName(e.ID)
-	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: bridge, MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "", Hairpin: len(e.Ports) > 0})
+	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: bridge, MAC: e.MAC, MTU: inner, Up: true, Joined: e.Sandbox != "", Hairpin: len(e.Ports) > 0})
 	p.Add(FDB{Link: veth, MAC: e.MAC, Master: true})
 }
 
@@ -183,6 +229,7 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 		planGuard(p, v6, s, u)
 		planForward(p, v6, s.Networks, u)
 		planRouter(p, v6, s)
+		planClamp(p, v6, s.Networks)
 	}
 	planTunnels(p, s, u)
 	return p

@@ -160,15 +160,17 @@ func tunnelledMTU(u Underlay) int {
 
 // Fits returns why a network cannot be run on the underlay, or nil.
 func Fits(n store.Network, u Underlay) error {
-	if !n.Encrypted || !u.Address.IsValid() {
+	if !u.Address.IsValid() {
 		return nil
 	}
-	room := tunnelledMTU(u)
-	if n.MTU > room {
+	auto := n
+	auto.MTU = 0
+	room := InnerMTU(auto, store.Host{}, nil, u)
+	if n.Encrypted && n.MTU > room {
 		return fmt.Errorf("option mtu: %d does not fit: WireGuard adds %d bytes, and link %s has %d; choose at most %d", n.MTU, TunnelOverhead(u.Address), u.Link, u.MTU, room)
 	}
 	if room < 1280 && len(pools(true, n)) > 0 {
-		return fmt.Errorf("IPv6 needs packets of 1280 bytes, and WireGuard leaves %d of the %d of link %s; raise its MTU, or give the network no IPv6 subnet", room, u.MTU, u.Link)
+		return fmt.Errorf("IPv6 needs packets of 1280 bytes, and %d of the %d of link %s are left; raise its MTU, or give the network no IPv6 subnet", room, u.MTU, u.Link)
 	}
 	return nil
 }

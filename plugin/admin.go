@@ -150,7 +150,11 @@ func (s *services) networks() ([]networkReply, error) {
 			return err
 		}
 		for _, n := range nets {
-			r := networkReply{Network: withoutKey(n), EffectiveMTU: dataplane.MTU(n, s.loop.Underlay()),
+			around, err := tx.Around(n)
+			if err != nil {
+				return err
+			}
+			r := networkReply{Network: withoutKey(n), EffectiveMTU: dataplane.InnerMTU(n, s.db.Self(), around, s.loop.Underlay()),
 				Peers: []string{}, Status: status[n.VNI]}
 			if !n.Routed() {
 				r.Bridge = dataplane.BridgeName(n.VNI)

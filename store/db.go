@@ -160,12 +160,12 @@ func (db *DB) Self() Host {
 	return db.self
 }
 
-// SetAddress changes this host's underlay address, and says so to watchers of
-// HostVNI when it differs.
-func (db *DB) SetAddress(a netip.Addr) {
+// SetAddress changes this host's underlay address and the MTU of its link, and says so to
+// watchers of HostVNI when they differ.
+func (db *DB) SetAddress(a netip.Addr, mtu int) {
 	db.mu.Lock()
-	changed := db.self.Address != a
-	db.self.Address = a
+	changed := db.self.Address != a || db.self.MTU != mtu
+	db.self.Address, db.self.MTU = a, mtu
 	db.mu.Unlock()
 	if changed {
 		db.notify(map[VNI]bool{HostVNI: true})

@@ -289,11 +289,11 @@ func TestWatchTellsTheNetworksOnce(t *testing.T) {
 	if again := w.Take(); len(again) != 0 {
 		t.Errorf("told again of %v", again)
 	}
-	db.SetAddress(netip.MustParseAddr("192.0.2.1"))
+	db.SetAddress(netip.MustParseAddr("192.0.2.1"), 1500)
 	if got := w.Take(); !slices.Equal(got, []store.VNI{store.HostVNI}) {
 		t.Errorf("address change: %v", got)
 	}
-	db.SetAddress(netip.MustParseAddr("192.0.2.1"))
+	db.SetAddress(netip.MustParseAddr("192.0.2.1"), 1500)
 	if got := w.Take(); len(got) != 0 {
 		t.Errorf("same address: %v", got)
 	}

@@ -85,6 +85,7 @@ type Host struct {
 	// a NAT that forwards its ports; zero: Address.
 	Public netip.Addr `json:"public,omitzero"`
 	Tunnel Tunnel     `json:"tunnel,omitzero"`
+	MTU    int        `json:"mtu,omitempty"` // of the underlay's link, bytes; 0: not told
 }
 
 // WGKey is a key of WireGuard (Curve25519), public or private.

@@ -15,6 +15,8 @@ type Snapshot struct {
 	Peers     []Peer           // that run the network and are not hidden, sorted by id
 	Remote    []RemoteEndpoint // of those peers, sorted by owner and id
 	Hidden    []Peer           // that run the network as far as we know, but are hidden
+	// Around is Peers, also where those are left out: packets must fit the ways to all.
+	Around []Peer
 }
 
 // HostSnapshot is one consistent copy of all that decides what the kernel must
@@ -57,6 +59,7 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 			}
 		})
 	})
+	s.Around = s.Peers
 	return s, err
 }
 
@@ -72,12 +75,27 @@ func (db *DB) EndpointSnapshot(v VNI, id EndpointID) (Snapshot, error) {
 		s.Network = &n
 		e, err := tx.Endpoint(n.ID, id)
 		s.Endpoints = []Endpoint{e}
+		if err != nil {
+			return err
+		}
+		s.Around, err = tx.Around(n)
 		return err
 	})
 	if errors.Is(err, ErrNotFound) {
 		s.Endpoints, err = nil, nil
 	}
 	return s, err
+}
+
+// Around returns the peers that run the network and are not hidden, sorted by id.
+func (tx *Tx) Around(n Network) (out []Peer, err error) {
+	shared := n.Shared()
+	err = tx.ofPeers(func(p Peer, r *peerRecords) {
+		if o, ok := r.network(n.VNI); ok && !p.Hidden && n.isRun(shared, o) {
+			out = append(out, p)
+		}
+	})
+	return out, err
 }
 
 // HostSnapshot returns the copy for the host.

@@ -99,8 +99,14 @@ func engines(t *testing.T) map[string]hosts.Engine {
 // the ends of the dockerds' logs are shown.
 func newLab(t *testing.T, n int, change func(i int, o *hosts.HostOptions)) *hosts.Lab {
 	t.Helper()
+	return newLabMTU(t, 0, n, change)
+}
+
+// newLabMTU is newLab on an underlay with another MTU; 0 means 1500.
+func newLabMTU(t *testing.T, mtu, n int, change func(i int, o *hosts.HostOptions)) *hosts.Lab {
+	t.Helper()
 	hosts.Require(t, "root", "docker")
-	o := hosts.Options{Logf: t.Logf}
+	o := hosts.Options{Logf: t.Logf, MTU: mtu}
 	for i := range n {
 		h := hosts.HostOptions{Name: string(rune('a' + i))}
 		if change != nil {

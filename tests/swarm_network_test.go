@@ -132,7 +132,6 @@ func (s *swarm) encrypted(t *testing.T) {
 		}
 	}
 	figure(t, "swarm: service on an encrypted network on "+s.name, 1, "%d tasks reach each other, %d plain packets (target 0)", len(tasks), plain)
-	s.forgotten(t)
 }
 
 // forgotten waits until no host knows a network or endpoint any more.

@@ -75,7 +75,7 @@ func TestChainHash(t *testing.T) {
 }
 
 func TestParseRules(t *testing.T) {
-	rs, err := parseRules("*mangle\n:WEFT-NAT - [0:0]\nCOMMIT\n*filter\n:FORWARD DROP [1:2]\n:WEFT-F - [0:0]\n" +
+	rs, err := parseRules("*security\n:WEFT-NAT - [0:0]\nCOMMIT\n*filter\n:FORWARD DROP [1:2]\n:WEFT-F - [0:0]\n" +
 		"-A FORWARD -m comment --comment \"a \\\"-j\\\" WEFT-X\" -j WEFT-F\n-A FORWARD -j ACCEPT\nCOMMIT\n")
 	if err != nil || len(rs) != 1 || len(rs["filter"]["FORWARD"]) != 2 || rs["filter"]["FORWARD"][0].target != "WEFT-F" {
 		t.Errorf("%v, %v", rs, err)

@@ -310,6 +310,9 @@ func readVeth(l, peer *link, bridge string) dataplane.Veth {
 		Hairpin: l.port.hairpin, Bridge: spoil(bridge, map[string]bool{"learning": l.port.learning})}
 	if waits(l, peer) {
 		o.MAC, o.Waits = peer.mac, true
+		if peer.mtu != o.MTU {
+			o.MTU = 0 // the two sides differ
+		}
 	}
 	return o
 }

@@ -351,10 +351,14 @@ func (k *Kernel) putVeth(o dataplane.Veth) error {
 		}
 		return k.raiseVeth(o)
 	}
-	if err := k.setPeer(o, l); err != nil {
+	waiting, err := k.setPeer(o, l)
+	if err != nil {
 		return err
 	}
-	if err := k.route.do(change(o.Name, masterAttr(bridge)), change(o.Name, append(more, mtuAttr(o.MTU))...)); err != nil {
+	if waiting {
+		more = append(more, mtuAttr(o.MTU))
+	}
+	if err := k.route.do(change(o.Name, masterAttr(bridge)), change(o.Name, more...)); err != nil {
 		return err
 	}
 	return k.raiseVeth(o)
@@ -380,18 +384,18 @@ func peerData(o dataplane.Veth) *nl.RtAttr {
 	return data
 }
 
-// setPeer gives the container's side its MAC and MTU, as long as it waits for
-// Docker. Later it is the container's.
-func (k *Kernel) setPeer(o dataplane.Veth, l *link) error {
+// setPeer gives the container's side its MAC and MTU, as long as it waits for Docker,
+// and reports whether it does. Later it is the container's.
+func (k *Kernel) setPeer(o dataplane.Veth, l *link) (waiting bool, err error) {
 	peer, err := k.link(dataplane.PeerName(o.Name))
 	if err != nil && !errors.Is(err, errNoLink) {
-		return err
+		return false, err
 	}
 	if err == nil && peer.index == l.lower && waits(l, peer) {
-		return k.route.do(change(peer.name, mtuAttr(o.MTU), macAttr(o.MAC)))
+		return true, k.route.do(change(peer.name, mtuAttr(o.MTU), macAttr(o.MAC)))
 	}
 	if e, ok := dataplane.ParseEndpointAlias(l.alias); ok && e.MAC != o.MAC {
-		return fmt.Errorf("link %s: the container has MAC %s, which cannot be changed to %s; restart the container", o.Name, e.MAC, o.MAC)
+		return false, fmt.Errorf("link %s: the container has MAC %s, which cannot be changed to %s; restart the container", o.Name, e.MAC, o.MAC)
 	}
-	return nil
+	return false, nil
 }

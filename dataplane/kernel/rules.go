@@ -70,7 +70,7 @@ func parseRules(out string) (ruleset, error) {
 		switch {
 		case strings.HasPrefix(line, "*"):
 			table = nil
-			if name := line[1:]; name == "raw" || name == "nat" || name == "filter" {
+			if name := line[1:]; name == "raw" || name == "nat" || name == "filter" || name == "mangle" {
 				table = map[string][]rule{}
 				rs[name] = table
 			}

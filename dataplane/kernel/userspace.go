@@ -37,12 +37,28 @@ type ownDevice struct {
 // thread.
 type steadyTUN struct {
 	tun.Device
-	mtu    atomic.Int64
-	events chan tun.Event
+	mtu     atomic.Int64
+	changed chan struct{} // cap 1: mtu is another one
+	events  chan tun.Event
 }
 
 func (t *steadyTUN) MTU() (int, error)        { return int(t.mtu.Load()), nil }
 func (t *steadyTUN) Events() <-chan tun.Event { return t.events }
+
+// tell tells the device of changes of the MTU, and of nothing else, until it is closed.
+func (t *steadyTUN) tell() {
+	defer close(t.events)
+	for {
+		select {
+		case _, open := <-t.Device.Events():
+			if !open {
+				return
+			}
+		case <-t.changed:
+			t.events <- tun.EventMTUUpdate
+		}
+	}
+}
 
 // startOwn makes the link of a device of this process, or takes the one that a former
 // process left, and starts the device.
@@ -60,13 +76,9 @@ func (k *Kernel) startOwn(o dataplane.WireGuard) error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("link %s: %w", o.Name, err), f.Close())
 	}
-	t := &steadyTUN{Device: raw, events: make(chan tun.Event)}
+	t := &steadyTUN{Device: raw, changed: make(chan struct{}, 1), events: make(chan tun.Event, 1)}
 	t.mtu.Store(int64(o.MTU))
-	go func() {
-		for range raw.Events() { // until it is closed
-		}
-		close(t.events)
-	}()
+	go t.tell()
 	log := &device.Logger{
 		Verbosef: func(format string, args ...any) { k.log.Debug(fmt.Sprintf("wireguard: "+format, args...)) },
 		Errorf:   func(format string, args ...any) { k.log.Debug(fmt.Sprintf("wireguard: "+format, args...)) },
@@ -122,7 +134,12 @@ func (d *ownDevice) over() bool {
 
 // up opens the sockets.
 func (d *ownDevice) up(mtu int) error {
-	d.tun.mtu.Store(int64(mtu))
+	if d.tun.mtu.Swap(int64(mtu)) != int64(mtu) {
+		select {
+		case d.tun.changed <- struct{}{}:
+		default: // told already
+		}
+	}
 	return d.dev.Up()
 }
 

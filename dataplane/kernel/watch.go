@@ -298,7 +298,7 @@ func ruleEvent(m message) []store.VNI {
 			}
 		}
 	}
-	if table != "filter" && table != "raw" && table != "nat" {
+	if table != "filter" && table != "raw" && table != "nat" && table != "mangle" {
 		return nil
 	}
 	switch chain {

@@ -208,6 +208,10 @@ func (m *Memory) run(op dataplane.Op) error {
 	if c, ok := op.Object.(dataplane.Chain); ok && c.Rules == "" {
 		op.Object = dataplane.NewChain(c.Table, c.V6, c.Name) // an empty chain has the hash of nothing
 	}
+	if v, ok := op.Object.(dataplane.Veth); ok && !v.Joined {
+		v.Waits = true // the container's side is taken with the join
+		op.Object = v
+	}
 	m.objects.Add(op.Object)
 	return nil
 }

@@ -46,7 +46,7 @@ func TestClockAYearOff(t *testing.T) {
 			if j == 0 {
 				b.start(wrongBy(off))
 			} else { // a new address while it runs
-				b.db.SetAddress(s.addr(20 + i))
+				b.db.SetAddress(s.addr(20+i), 1500)
 			}
 			name := fmt.Sprintf("ep%d%d", i, j)
 			want = append(want, name)

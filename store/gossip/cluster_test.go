@@ -293,7 +293,7 @@ func TestNewAddressIsAccepted(t *testing.T) {
 	c.waitSees(5000, soon, "ep1")
 
 	moved := s.addr(22)
-	b.db.SetAddress(moved)
+	b.db.SetAddress(moved, 1500)
 	there := func(p PeerStatus) bool { return p.Address == moved && inSync(p) }
 	t.Logf("figure: new address of a running host known after %v and %v",
 		a.waitPeer(b, soon, "new address", there), c.waitPeer(b, soon, "new address", there))

@@ -43,6 +43,7 @@ func TestRecordRoundTrip(t *testing.T) {
 		func(r *record) { r.Name, r.Version = "", "" },
 		func(r *record) { r.Name = strings.Repeat("n", maxHostName) },
 		func(r *record) { r.Scope = "" },
+		func(r *record) { r.MTU = 9000 },
 		func(r *record) { r.Public = netip.MustParseAddr("198.51.100.1") },
 		func(r *record) {
 			r.Tunnel, r.Public = store.Tunnel{Keys: []store.WGKey{{1}, {2}}, Port: 4798, Last: true}, netip.MustParseAddr("2001:db8::9")
@@ -72,7 +73,7 @@ func TestRecordOfTheFirstVersionIsRead(t *testing.T) {
 	pub, body := wire[1:33], wire[recordHead:len(wire)-tunnel-1-len(want.Scope)]
 	old := append([]byte{recordFormat}, pub...)
 	old = append(append(old, ed25519.Sign(id.Key, signed(pub, body))...), body...)
-	want.Scope, want.Tunnel, want.Public = "", store.Tunnel{}, netip.Addr{}
+	want.Scope, want.Tunnel, want.Public, want.MTU = "", store.Tunnel{}, netip.Addr{}, 0
 	got, err := parseRecord(old)
 	if err != nil {
 		t.Fatal(err)

@@ -129,7 +129,8 @@ func (c *Cluster) isAbsent(why string) {
 func (c *Cluster) watchAddress(ctx context.Context, addr netip.Addr) error {
 	for c.db.Self().Address == addr {
 		c.mu.Lock()
-		sent := reflect.DeepEqual(c.self.Tunnel, c.db.Self().Tunnel)
+		self := c.db.Self()
+		sent := reflect.DeepEqual(c.self.Tunnel, self.Tunnel) && c.self.MTU == self.MTU
 		c.mu.Unlock()
 		if !sent {
 			poke(c.outbid)

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"unicode/utf8"
 
@@ -32,7 +33,8 @@ type record struct {
 //	1+n address (n is 4 or 16), 1+n name, 1+n version
 //	1+n scope; records of the first version end before it
 //	1 number of WireGuard keys, 32 each, 2 UDP port, 1 flags (1: Tunnel.Last),
-//	1+n public address (n is 0, 4 or 16); records of the second version end before it
+//	1+n public address (n is 0, 4 or 16), 2 MTU; records of the second version end
+//	before it
 //
 // A newer version may append fields; older ones ignore them.
 const (
@@ -131,7 +133,7 @@ func parseRecord(b []byte) (record, error) {
 	if len(rest) == 0 {
 		return r, nil // of the second version
 	}
-	r.Tunnel, r.Public, err = parseTunnel(rest)
+	err = r.parseTunnel(rest)
 	return r, err
 }
 
@@ -152,14 +154,17 @@ func appendTunnel(body []byte, h store.Host) []byte {
 		flags = flagLast
 	}
 	public := h.Public.AsSlice()
-	return append(append(body, flags, byte(len(public))), public...)
+	body = append(append(body, flags, byte(len(public))), public...)
+	return binary.BigEndian.AppendUint16(body, uint16(min(h.MTU, math.MaxUint16)))
 }
 
-func parseTunnel(b []byte) (t store.Tunnel, public netip.Addr, err error) {
+func (r *record) parseTunnel(b []byte) error {
+	var t store.Tunnel
+	var public netip.Addr
 	keys := int(b[0])
 	b = b[1:]
 	if keys > maxKeys || len(b) < 32*keys+4 {
-		return t, public, errors.New("WireGuard keys in host record are too many or cut off")
+		return errors.New("WireGuard keys in host record are too many or cut off")
 	}
 	for range keys {
 		t.Keys = append(t.Keys, store.WGKey(b[:32]))
@@ -168,19 +173,20 @@ func parseTunnel(b []byte) (t store.Tunnel, public netip.Addr, err error) {
 	t.Port, t.Last = binary.BigEndian.Uint16(b), b[2]&flagLast != 0
 	n := int(b[3])
 	b = b[4:]
-	if len(b) < n {
-		return t, public, errors.New("public address in host record is cut off")
+	if len(b) < n+2 {
+		return errors.New("public address or MTU in host record is cut off")
 	}
 	if n > 0 {
 		ok := false
 		if public, ok = netip.AddrFromSlice(b[:n]); !ok || public.Is4In6() || public.IsUnspecified() || public.IsMulticast() {
-			return t, public, errors.New("public address in host record is not that of a host")
+			return errors.New("public address in host record is not that of a host")
 		}
 	}
 	if keys > 0 && (t.Port == 0 || t.Port == 65535) {
-		return t, public, errors.New("WireGuard port in host record is 0 or has none after it")
+		return errors.New("WireGuard port in host record is 0 or has none after it")
 	}
-	return t, public, nil
+	r.Tunnel, r.Public, r.MTU = t, public, int(binary.BigEndian.Uint16(b[n:]))
+	return nil
 }
 
 // printable keeps control characters of a stranger out of logs and terminals.

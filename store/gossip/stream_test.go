@@ -226,7 +226,7 @@ func TestRunLeavesNothingBehind(t *testing.T) {
 		b.addNetwork(5000, "10.50.0.0/16")
 		b.waitPeer(a, soon, "in sync", inSync)
 		a.waitPeer(b, soon, "in sync", inSync)
-		b.db.SetAddress(s.addr(3))
+		b.db.SetAddress(s.addr(3), 1500)
 		a.waitPeer(b, soon, "in sync", func(p PeerStatus) bool { return inSync(p) && p.Address == s.addr(3) })
 		b.halt()
 		a.halt()
