@@ -29,6 +29,7 @@ need ipset ipset
 if [ "$what" = test ] || [ "$what" = soak ]; then
 	need gcc gcc
 	need nft nftables
+	need qemu-system-x86_64 qemu-system-x86
 	need /usr/include/stdlib.h libc6-dev
 fi
 # busybox without -static would not run in an empty container.
@@ -49,7 +50,8 @@ demo | demo-swarm | demo-encrypted)
 	;;
 test | soak)
 	tests/engine.sh
-	export WEFT_TEST_MUST=root,docker,engine
+	tests/guest.sh
+	export WEFT_TEST_MUST=root,docker,engine,guest
 	limit=60m
 	if [ "$what" = soak ]; then
 		export WEFT_SOAK=1

@@ -24,6 +24,7 @@ type machine struct {
 	k          *kernel.Kernel
 	self       store.Host
 	under      dataplane.Underlay
+	encrypted  bool // the network
 	endpoints  []store.Endpoint
 	containers []*kerneltest.Place
 }
@@ -43,7 +44,7 @@ func newMachine(t *testing.T, fabric *kerneltest.Place, i int, v6 bool) *machine
 	m.self = store.Host{ID: store.HostID(fmt.Sprintf("host%d", i)), Address: address.Addr(), DataPort: kerneltest.Port}
 	var err error
 	m.Do(func() {
-		m.k, err = kernel.New(kernel.Config{Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+		m.k, err = kernel.New(kernel.Config{WireGuardKey: kerneltest.WireGuardKey, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 		if err == nil {
 			m.under, err = m.k.Underlay(t.Context(), address.Addr())
 		}
@@ -65,7 +66,8 @@ func (m *machine) endpoint(i int) {
 // program makes the kernel hold what the planner says, given all machines.
 func (m *machine) program(t *testing.T, all ...*machine) {
 	t.Helper()
-	n := store.Network{ID: "net", VNI: trafficVNI, Mode: store.ModeVXLAN}
+	n := store.Network{ID: "net", VNI: trafficVNI, Mode: store.ModeVXLAN, Encrypted: m.encrypted, Subnets: []store.Subnet{
+		{Pool: netip.MustParsePrefix("10.9.0.0/24"), Gateway: netip.MustParseAddr("10.9.0.1")}, {Pool: netip.MustParsePrefix("fd09::/64"), Gateway: netip.MustParseAddr("fd09::1")}}}
 	s := store.Snapshot{VNI: trafficVNI, Self: m.self, Network: &n, Endpoints: m.endpoints}
 	for _, o := range all {
 		if o == m {
@@ -80,9 +82,14 @@ func (m *machine) program(t *testing.T, all ...*machine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	host := dataplane.PlanHost(store.HostSnapshot{Self: m.self, Networks: []store.Network{n}, Peers: s.Peers}, m.under)
+	records := store.HostSnapshot{Self: m.self, Networks: []store.Network{n}, Peers: s.Peers}
+	if m.encrypted {
+		records.Tunnels = s.Peers
+	}
+	host := dataplane.PlanHost(records, m.under)
 	m.Do(func() {
-		for v, want := range map[store.VNI]dataplane.Plan{store.HostVNI: host, trafficVNI: network} {
+		for v, want := range []dataplane.Plan{store.HostVNI: host, 1: network} {
+			v := store.VNI(v) * trafficVNI
 			for range 2 {
 				have, err := m.k.Read(t.Context(), v)
 				if err != nil {

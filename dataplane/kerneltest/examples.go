@@ -132,7 +132,7 @@ func publicKey(private store.WGKey) store.WGKey {
 
 // WireGuardKey returns the private key of a public one of the hosts in the examples.
 func WireGuardKey(public store.WGKey) (store.WGKey, bool) {
-	for _, host := range []store.HostID{"self", "peer0", "peer1", "peer2"} {
+	for _, host := range []store.HostID{"self", "peer0", "peer1", "peer2", "host1", "host2"} {
 		for i := range 2 {
 			if private := privateKey(host, i); publicKey(private) == public {
 				return private, true

@@ -3,6 +3,7 @@ package hosts
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 )
@@ -15,8 +16,8 @@ type TB interface {
 }
 
 // Require skips the test unless the machine has what it needs: "root", "docker"
-// (dockerd and the programs beside it), "engine" (the newest one). Where
-// WEFT_TEST_MUST lists the word, the test fails instead.
+// (dockerd and the programs beside it), "engine" (the newest one), "guest" (a virtual
+// machine of tests/guest.sh). Where WEFT_TEST_MUST lists the word, the test fails instead.
 func Require(t TB, words ...string) {
 	t.Helper()
 	must := strings.FieldsFunc(os.Getenv("WEFT_TEST_MUST"), func(r rune) bool { return r == ',' || r == ' ' })
@@ -30,6 +31,15 @@ func Require(t TB, words ...string) {
 			t.Skipf("missing: %s", missing)
 		}
 	}
+}
+
+// GuestDir is where tests/guest.sh puts the guest.
+func GuestDir() (string, error) {
+	if dir := os.Getenv("WEFT_GUEST_DIR"); dir != "" {
+		return dir, nil
+	}
+	cache, err := os.UserCacheDir()
+	return filepath.Join(cache, "weft", "guest"), err
 }
 
 func missing(word string) string {
@@ -47,6 +57,17 @@ func missing(word string) string {
 	case "engine":
 		if _, err := Newest(); err != nil {
 			return err.Error()
+		}
+	case "guest":
+		dir, err := GuestDir()
+		if err == nil {
+			_, err = os.Stat(filepath.Join(dir, "version"))
+		}
+		if err != nil {
+			return "the guest: " + err.Error() + "; run tests/guest.sh"
+		}
+		if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+			return "qemu-system-x86_64; install qemu-system-x86"
 		}
 	default:
 		return "nothing known by the word " + word

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# guest.sh: makes the guest in which the kernel's WireGuard is tested, once, in
+# $WEFT_GUEST_DIR or the user's cache: Debian's stock cloud kernel, and an initramfs with
+# its network modules, busybox, ip and iptables. Needs busybox-static, iproute2, iptables.
+set -euo pipefail
+dir=${WEFT_GUEST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/weft/guest}
+newest() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image-/ {print $2; exit}'; }
+package=$(newest)
+if [ -z "$package" ]; then # apt has no list yet
+	apt-get update -qq
+	package=$(newest)
+fi
+[ -n "$package" ] || { echo "guest.sh: apt knows no linux-image-cloud-amd64" >&2; exit 1; }
+stamp="$package $(sha256sum "$0" | cut -c1-12)"
+[ "$(cat "$dir/version" 2>/dev/null)" = "$stamp" ] && exit 0
+
+echo "making the guest of $package in $dir"
+mkdir -p "$dir"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+chmod 755 "$work"
+chown _apt "$work" 2>/dev/null || true # else apt warns
+(cd "$work" && apt-get download -qq "$package" && dpkg-deb -x "$package"_*.deb image)
+root=$work/root
+mkdir -p "$root"/{bin,sbin,usr,proc,sys,dev,run,tmp,etc,lib/modules}
+cp /bin/busybox "$root/bin/busybox"
+release=$(ls "$work/image/lib/modules")
+for part in net crypto lib arch/x86/crypto arch/x86/lib drivers/net/wireguard drivers/net/vxlan drivers/net/veth.ko drivers/net/tun.ko drivers/net/dummy.ko; do
+	from=$work/image/lib/modules/$release/kernel/$part
+	[ -e "$from" ] || continue
+	to=$root/lib/modules/$release/kernel/$(dirname "$part")
+	mkdir -p "$to"
+	cp -r "$from" "$to"
+done
+cp "$work/image/lib/modules/$release"/modules.{order,builtin} "$root/lib/modules/$release/"
+busybox depmod -b "$root" "$release"
+# A program, with the libraries that it needs, at the same paths.
+bring() {
+	cp --parents -L "$1" "$root"
+	ldd "$1" | grep -o '/[^ ]*' | sort -u | while read -r lib; do cp --parents -L "$lib" "$root"; done
+}
+ip=$(command -v ip)
+multi=$(readlink -f "$(command -v xtables-nft-multi)")
+bring "$ip"
+bring "$multi"
+ln -sf "$ip" "$root/sbin/ip"
+cp -r --parents /usr/lib/*/xtables "$root"
+for family in iptables ip6tables; do
+	for verb in "" -save -restore; do
+		ln -sf "$multi" "$root/sbin/$family$verb"
+		ln -sf "$multi" "$root/sbin/$family-nft$verb"
+	done
+done
+cat >"$root/init" <<'INIT'
+#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/sbin:/usr/sbin:/bin
+ln -sf /bin/busybox /sbin/modprobe
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmpfs /run
+for m in wireguard veth bridge br_netfilter vxlan tun nf_tables nft_compat nft_chain_nat ip_set ip_set_hash_ip xt_set xt_CT xt_addrtype xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_TCPMSS xt_tcpudp ipt_rpfilter ip6t_rpfilter; do
+	modprobe $m || echo "GUEST no module $m"
+done
+ip link set lo up
+echo "GUEST kernel $(uname -r)"
+sh /run.sh
+echo "GUEST ends with $?"
+poweroff -f
+INIT
+chmod 755 "$root/init"
+cp "$work/image/boot/vmlinuz-$release" "$dir/vmlinuz"
+(cd "$root" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) >"$dir/initramfs.gz"
+echo "$stamp" >"$dir/version"

@@ -1,0 +1,107 @@
+package tests
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft/tests/hosts"
+)
+
+// guestLimit bounds the guest, which computes without the processor's help.
+const guestLimit = 10 * time.Minute
+
+// TestGuest runs the kernel package's tests of encrypted networks in a virtual machine
+// with Debian's stock kernel, whose WireGuard is the kernel's module. tests/guest.sh
+// makes it.
+func TestGuest(t *testing.T) {
+	t.Parallel()
+	hosts.Require(t, "guest")
+	dir, err := hosts.GuestDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	work := t.TempDir()
+	build := exec.CommandContext(t.Context(), "go", "test", "-c", "-o", filepath.Join(work, "kernel.test"), "../dataplane/kernel")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	pattern := "TestEncryptedTraffic|TestSuiteNft/round_trip/encrypted"
+	if soak() {
+		pattern = "TestEncryptedTraffic|TestSuiteNft/.*/encrypted|own_gateway|routed"
+	}
+	script := fmt.Sprintf("WEFT_GUEST=1 WEFT_TEST_MUST=root /kernel.test -test.v -test.run '%s'\n", pattern)
+	if err := os.WriteFile(filepath.Join(work, "run.sh"), []byte(script), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(work, "initramfs")
+	if err := addToImage(t.Context(), filepath.Join(dir, "initramfs.gz"), work, image); err != nil {
+		t.Fatal(err)
+	}
+	limit := guestLimit
+	if soak() {
+		limit *= 6
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	start := time.Now()
+	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "1024", "-nographic", "-no-reboot", "-nic", "none",
+		"-kernel", filepath.Join(dir, "vmlinuz"), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1").CombinedOutput()
+	passed := regexp.MustCompile(`(?m)^ *--- PASS: `).FindAll(out, -1)
+	if err != nil || !bytes.Contains(out, []byte("GUEST ends with 0")) || bytes.Contains(out, []byte("GUEST no module")) || len(passed) < 5 {
+		t.Fatalf("%v; the guest printed:\n%s", err, out)
+	}
+	release := regexp.MustCompile(`GUEST kernel (\S+)`).FindSubmatch(out)
+	if release == nil {
+		t.Fatalf("the guest does not tell its kernel:\n%s", out)
+	}
+	figure(t, "kernel's WireGuard in a guest with Linux "+string(release[1]), len(passed), "all passed, in %s", time.Since(start).Round(time.Second))
+	for line := range strings.Lines(string(out)) {
+		if i := strings.Index(line, "SCORE "); i >= 0 {
+			t.Log(strings.TrimSpace(line[i:]))
+		}
+	}
+}
+
+// addToImage writes the initramfs with the files of a folder added: the kernel unpacks
+// archives one after the other (Documentation/driver-api/early-userspace/buffer-format).
+func addToImage(ctx context.Context, base, dir, image string) error {
+	first, err := os.ReadFile(base)
+	if err != nil {
+		return err
+	}
+	first = append(first, make([]byte, (4-len(first)%4)%4)...)
+	cmd := exec.CommandContext(ctx, "busybox", "cpio", "-o", "-H", "newc")
+	cmd.Dir = dir
+	cmd.Stdin = strings.NewReader("kernel.test\nrun.sh\n")
+	archive, err := cmd.Output()
+	if err != nil {
+		return fmt.Errorf("cpio: %w", err)
+	}
+	f, err := os.Create(image)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(first); err != nil {
+		return err
+	}
+	w, err := gzip.NewWriterLevel(f, gzip.BestSpeed)
+	if err != nil {
+		return err
+	}
+	if _, err := io.Copy(w, bytes.NewReader(archive)); err != nil {
+		return err
+	}
+	return w.Close()
+}
