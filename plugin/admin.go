@@ -358,6 +358,9 @@ func (s *services) peers() ([]peerReply, error) {
 		}
 		return nil
 	})
+	if err == nil {
+		err = s.silentTunnels(out)
+	}
 	members, _ := s.cluster.get()
 	if members == nil {
 		return out, err

@@ -113,7 +113,7 @@ type peerReply struct {
 	InSync   bool        `json:"inSync"`
 	LastErr  string      `json:"lastErr,omitempty"`
 	Networks []store.VNI `json:"networks"`
-	Way      string      `json:"way"` // of routed networks: "direct" (a plain route) or "vxlan"; of encrypted ones "wireguard"
+	Way      string      `json:"way"` // of routed networks: "direct" (a plain route) or "vxlan"; of encrypted ones "wireguard", with " (no answer)" while the peer gives none there
 }
 
 // poolReply is one entry of GET /v1/ipam.

@@ -72,6 +72,26 @@ func (s *services) encryption(ctx context.Context) (encryptionReply, error) {
 	return r, err
 }
 
+// silentTunnels says of the peers to which a tunnel leads whether they answer there.
+func (s *services) silentTunnels(peers []peerReply) error {
+	ctx, cancel := context.WithTimeout(context.Background(), adminLimit)
+	defer cancel()
+	r, err := s.encryption(ctx)
+	if err != nil {
+		return err
+	}
+	answers := map[store.HostID]bool{}
+	for _, t := range r.Peers {
+		answers[t.ID] = answers[t.ID] || t.State == "on"
+	}
+	for i, p := range peers {
+		if on, there := answers[p.ID]; there && !on {
+			peers[i].Way += " (no answer)"
+		}
+	}
+	return nil
+}
+
 func (s *services) revoked() (out []revokedReply, err error) {
 	self := s.db.Self()
 	err = s.db.View(func(tx *store.Tx) error {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -70,9 +71,19 @@ func (p *process) status() (statusReply, error) {
 	}
 	s.Problems = append(s.Problems, problems(view{
 		status: s, networks: nets, routes: routes, encryption: crypt, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"], refused: svc.driver.Refusals(),
-		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), xtablesShared: !isDevice(xtablesLock),
+		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), noForward: notForwarding(cmp.Or(p.sysnet(), "/proc/sys/net")), xtablesShared: !isDevice(xtablesLock),
 	})...)
 	return s, nil
+}
+
+// notForwarding returns the settings that would let this host forward IPv4, if it does
+// not. Of IPv6 the data plane takes care.
+func notForwarding(sysnet string) []string {
+	text, err := os.ReadFile(filepath.Join(sysnet, "ipv4/ip_forward"))
+	if err != nil || strings.TrimSpace(string(text)) != "0" {
+		return nil
+	}
+	return []string{"net.ipv4.ip_forward=1"}
 }
 
 const xtablesLock = "/run/xtables.lock"
@@ -96,8 +107,9 @@ type view struct {
 	twin          string // address of another process with this host's identity
 	otherKey      uint64 // messages that this host's cluster key does not open
 	refused       map[store.NetworkID]driver.Refusal
-	noUnderlay    string // why
-	addressSet    bool   // WEFT_ADDRESS
+	noUnderlay    string   // why
+	noForward     []string // settings by which this host does not forward
+	addressSet    bool     // WEFT_ADDRESS
 	xtablesShared bool
 }
 
@@ -155,6 +167,9 @@ func problems(v view) []problem {
 			}
 			add("remove the route, or the network and create it again with another --subnet", "network %d has subnets %v, over which this host has the route %s on %s: %s do not reach what is behind it", n.VNI, n.Prefixes(), r.Prefix, cmp.Or(r.Link, "no link"), who)
 		}
+	}
+	if i := slices.IndexFunc(v.networks, func(n networkReply) bool { return n.Routed() || n.OwnGateway() }); i >= 0 && len(v.noForward) > 0 {
+		add("sysctl -w "+strings.Join(v.noForward, " ")+", and the same in /etc/sysctl.d; dockerd does it itself unless it runs with --ip-forward=false", "this host does not forward packets, which network %d needs that is routed, encrypted or has gateway=weft", v.networks[i].VNI)
 	}
 	for _, n := range v.networks {
 		if len(n.Twice) > 0 {

@@ -37,6 +37,17 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"wrong address", func(v *view) {
 			v.status.Underlay, v.noUnderlay, v.addressSet = underlayReply{}, "this host has no address 192.0.2.9", true
 		}, "set WEFT_ADDRESS to an address of this host", false},
+		{"no forwarding", func(v *view) {
+			v.networks, v.noForward = []networkReply{{Network: store.Network{VNI: 4096, Mode: store.ModeRouted}}}, []string{"net.ipv4.ip_forward=1"}
+		}, "sysctl -w net.ipv4.ip_forward=1", false},
+		{"userspace", func(v *view) { v.encryption.Devices = []tunnelReply{{Name: "weftw0", Port: 4798}} }, "modprobe wireguard", true},
+		{"silent tunnel", func(v *view) {
+			v.peers = peer(func(p *peerReply) { p.ID = "b" })
+			v.encryption.Devices = []tunnelReply{{Name: "weftw0", Module: true, Port: 4798}}
+			v.encryption.Peers = []tunnelPeerReply{{Host: "beta", ID: "b", State: "waits for its answer"}}
+		}, "nothing of the encrypted networks reaches host beta: it waits for its answer", false},
+		{"revoked", func(v *view) { v.encryption.Revoked = []revokedReply{{ID: "a", Self: true}} }, "this host is revoked", false},
+		{"another revoked", func(v *view) { v.encryption.Revoked = []revokedReply{{ID: "b", Name: "beta"}} }, "host beta (b) is revoked", true},
 		{"failing pass", func(v *view) {
 			v.passes = []dataplane.NetworkStatus{{VNI: 4096, Err: "no space left on device", Since: at}}
 		}, "network 4096 does not match the records since 2026-11-24 12:00:00 UTC: no space left on device", false},

@@ -2,13 +2,15 @@
 // run, and prints ratios. Nothing is asserted: docs/benchmarks.md keeps the table.
 //
 // Two hosts run every path: a raw veth pair, Docker's bridge, Docker's overlay (a
-// two-host Swarm) and Weft. A round measures each path once; odd rounds go through
+// two-host Swarm), Weft, and for encrypted networks a bare WireGuard device. A round measures each path once; odd rounds go through
 // them in reverse. Figures are medians over the rounds, ratios medians of the
 // rounds' ratios.
 package main
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -56,14 +58,16 @@ func bench(ctx context.Context, rounds int, length time.Duration, attaches int) 
 	if err := b.networks(); err != nil {
 		return err
 	}
-	same, across, err := b.paths()
+	defer b.end()
+	same, across, encrypted, err := b.paths()
 	if err != nil {
 		return err
 	}
 	for _, t := range []struct {
 		title string
 		paths []path
-	}{{"Same host, ratio to a raw veth pair", same}, {"Across hosts, ratio to the hosts' own network", across}} {
+	}{{"Same host, ratio to a raw veth pair", same}, {"Across hosts, ratio to the hosts' own network", across},
+		{"Across hosts, encrypted, ratio to a bare device of wireguard-go", encrypted}} {
 		if err := table(t.title, t.paths, rounds, length); err != nil {
 			return err
 		}
@@ -79,12 +83,16 @@ type setup struct {
 	ctx    context.Context
 	plugin string // folder
 	a, b   *hosts.Host
+
+	started []*exec.Cmd // that end with the bench
 }
 
 func (s *setup) networks() error {
 	join := "WEFT_JOIN=" + s.a.Address.String() + "," + s.b.Address.String()
+	key := make([]byte, 32)
+	_, _ = rand.Read(key) // never fails
 	for i, h := range []*hosts.Host{s.a, s.b} {
-		if err := h.InstallPlugin(s.ctx, s.plugin, join); err != nil {
+		if err := h.InstallPlugin(s.ctx, s.plugin, join, "WEFT_KEY="+hex.EncodeToString(key)); err != nil {
 			return err
 		}
 		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "--subnet", "10.32.0.0/16",
@@ -93,6 +101,10 @@ func (s *setup) networks() error {
 		}
 		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "-o", "mode=routed", "--subnet", "10.35.0.0/16", "--gateway", "10.35.0.1",
 			"--ip-range", fmt.Sprintf("10.35.%d.0/24", i+1), "routed"); err != nil {
+			return err
+		}
+		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "-o", "encrypted", "--subnet", "10.36.0.0/16", "--gateway", "10.36.0.1",
+			"--ip-range", fmt.Sprintf("10.36.%d.0/24", i+1), "crypt"); err != nil {
 			return err
 		}
 		if _, err := h.Docker(s.ctx, "network", "create", "br"); err != nil {
@@ -115,21 +127,26 @@ func (s *setup) networks() error {
 
 // paths starts two containers of each network on the first host and one on the
 // second, and returns what to measure between.
-func (s *setup) paths() (same, across []path, err error) {
+func (s *setup) paths() (same, across, encrypted []path, err error) {
 	raw, err := s.veth()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
+	bare, err := s.bare()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	encrypted = append(encrypted, bare)
 	same = append(same, raw)
 	across = append(across, path{"host", s.a.NetNS(), s.b.NetNS(), s.b.Address})
-	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}, {"weft routed", "routed"}} {
+	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}, {"weft routed", "routed"}, {"weft encrypted", "crypt"}} {
 		one, _, err := s.container(s.a, n.network+"1", n.network)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 		two, address, err := s.container(s.a, n.network+"2", n.network)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 		same = append(same, path{n.name, one, two, address})
 		if n.network == "br" {
@@ -137,16 +154,20 @@ func (s *setup) paths() (same, across []path, err error) {
 		}
 		three, address, err := s.container(s.b, n.network+"3", n.network)
 		if err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
 		// The record of the other end may be on its way.
 		p := path{n.name, one, three, address}
 		if err := reach(s.ctx, s.a, n.network+"1", address); err != nil {
-			return nil, nil, err
+			return nil, nil, nil, err
 		}
-		across = append(across, p)
+		if n.network == "crypt" {
+			encrypted = append(encrypted, p)
+		} else {
+			across = append(across, p)
+		}
 	}
-	return same, across, nil
+	return same, across, encrypted, nil
 }
 
 func (s *setup) container(h *hosts.Host, name, network string) (ns string, a netip.Addr, err error) {
@@ -245,7 +266,7 @@ func table(title string, paths []path, rounds int, length time.Duration) error {
 
 // attach times docker run --rm with each network, interleaved.
 func (s *setup) attach(times int) error {
-	networks := []string{"none", "br", "ov", "weft", "routed"}
+	networks := []string{"none", "br", "ov", "weft", "routed", "crypt"}
 	took := map[string][]float64{}
 	for range times {
 		for _, n := range networks {
@@ -262,7 +283,7 @@ func (s *setup) attach(times int) error {
 		for i := range took[n] {
 			ratios = append(ratios, took[n][i]/took["br"][i])
 		}
-		fmt.Printf("| %s | %.0f | %.2f |\n", strings.NewReplacer("br", "docker bridge", "ov", "docker overlay", "routed", "weft routed").Replace(n), median(took[n]), median(ratios))
+		fmt.Printf("| %s | %.0f | %.2f |\n", strings.NewReplacer("br", "docker bridge", "ov", "docker overlay", "routed", "weft routed", "crypt", "weft encrypted").Replace(n), median(took[n]), median(ratios))
 	}
 	return nil
 }
