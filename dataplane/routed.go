@@ -240,8 +240,10 @@ func planPorts(p Plan, v6 bool, published []store.Endpoint, networks []store.Net
 		for _, port := range e.Ports {
 			to := ""
 			switch {
+			case !port.HostIP.IsValid() && v6:
+				to = "! -d ::1 " // the process that holds the port hands that on
 			case !port.HostIP.IsValid():
-			case port.HostIP.Is6() != v6:
+			case port.HostIP.Is6() != v6 || port.HostIP == netip.IPv6Loopback():
 				continue
 			default:
 				to = "-d " + port.HostIP.String() + " "

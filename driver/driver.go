@@ -70,8 +70,8 @@ type Config struct {
 	Routes func(context.Context) ([]Route, error)
 	VXLANs func(context.Context) ([]VXLAN, error)
 	// Hold binds a port of the host ("tcp", "udp", "sctp") until it is closed, so that no
-	// process takes it. nil: ports are not held.
-	Hold func(proto string, at netip.AddrPort) (io.Closer, error)
+	// process takes it; to is where the rules lead. nil: ports are not held.
+	Hold func(proto string, at, to netip.AddrPort) (io.Closer, error)
 	Log  *slog.Logger
 }
 

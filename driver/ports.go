@@ -238,7 +238,11 @@ func (d *Driver) hold(e store.Endpoint, p store.Port) error {
 	}
 	var held []io.Closer
 	for _, h := range hosts {
-		c, err := d.Hold(p.Proto, netip.AddrPortFrom(h, p.HostPort))
+		to := e.IPv4.Addr()
+		if h.Is6() {
+			to = e.IPv6.Addr()
+		}
+		c, err := d.Hold(p.Proto, netip.AddrPortFrom(h, p.HostPort), netip.AddrPortFrom(to, p.Port))
 		if err != nil {
 			for _, c := range held {
 				_ = c.Close()

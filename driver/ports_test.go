@@ -29,7 +29,7 @@ type hold struct {
 
 func (h hold) Close() error { h.h.held[h.key]--; return nil }
 
-func (h *holder) hold(proto string, at netip.AddrPort) (io.Closer, error) {
+func (h *holder) hold(proto string, at, _ netip.AddrPort) (io.Closer, error) {
 	key := proto + " " + at.String()
 	if h.busy[key] || h.held[key] > 0 {
 		return nil, errors.New("address already in use")

@@ -37,6 +37,7 @@ func TestRouted(t *testing.T) {
 				r.way = way
 				t.Run(way, func(t *testing.T) {
 					t.Run("across hosts", r.acrossHosts)
+					t.Run("port table", r.portTable)
 					t.Run("published", r.published)
 					t.Run("survives", r.survives)
 					t.Run("isolation", r.isolation)

@@ -335,7 +335,7 @@ func (k *Kernel) putVeth(o dataplane.Veth) error {
 	if o.Bridge != "" {
 		more = append(more, portAttr(false, o.Hairpin))
 	}
-	if o.Router.On {
+	if o.Router.On && (l == nil || l.mac != dataplane.RouterMAC) { // the same one again takes the neighbours away
 		more = append(more, macAttr(dataplane.RouterMAC))
 	}
 	if l == nil {
