@@ -30,6 +30,8 @@ type HostOptions struct {
 	// NAT puts the host behind a router of its own, which forwards Weft's ports to it:
 	// Address is then the one inside, and Public the router's.
 	NAT bool
+	// Before is a command that runs on the host before dockerd first starts.
+	Before []string
 	// Flags are added to dockerd's.
 	Flags []string
 }
@@ -75,6 +77,11 @@ func (h *Host) start(ctx context.Context) error {
 	}
 	if err := h.startHolder(ctx); err != nil {
 		return err
+	}
+	if len(h.options.Before) > 0 {
+		if _, err := h.Exec(ctx, h.options.Before...); err != nil {
+			return err
+		}
 	}
 	if err := h.StartDockerd(ctx); err != nil {
 		return err
