@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -213,6 +214,9 @@ func (e *encrypted) faults(t *testing.T) {
 		reach(t, to, addressOf(t, from, "encr").String())
 	}
 	e.revoke(t)
+	e.often(t)
+	e.comeAndGo(t)
+	e.moves(t)
 	// Without a plugin nothing is encrypted, and nothing leaves.
 	docker(t, a, "plugin", "disable", "--force", hosts.PluginName)
 	time.Sleep(2 * time.Second)
@@ -254,6 +258,57 @@ func (e *encrypted) rotations(t *testing.T, probe *hosts.Probe) {
 	}
 	report := lossless(t, probe)
 	figure(t, "encrypted: key changed on "+e.name, done, "%d of %d packets lost (target 0)", report.Lost, report.Sent)
+}
+
+// often asks for another key each second, whether the last change is over or not.
+func (e *encrypted) often(t *testing.T) {
+	a, b := e.lab.Hosts[0], e.lab.Hosts[1]
+	from, to := hosts.Container{Host: a, Name: "encr"}, hosts.Container{Host: b, Name: "encr"}
+	probe := startProbe(t, from, to, addressOf(t, to, "encr"))
+	seconds, begun := 10, 0
+	if soak() {
+		seconds = 60
+	}
+	for range seconds {
+		if _, err := a.Exec(t.Context(), "weft", "encryption", "rotate"); err == nil {
+			begun++
+		}
+		time.Sleep(time.Second)
+	}
+	eventually(t, 60*time.Second, "the last change is over", func(context.Context) error {
+		if v := view[encryptionView](t, a, "encryption"); v.Changes {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	report := lossless(t, probe)
+	figure(t, "encrypted: another key asked for each second on "+e.name, seconds, "%d changes, %d of %d packets lost (target 0)", begun, report.Lost, report.Sent)
+}
+
+// comeAndGo removes the network from the third host and makes it again.
+func (e *encrypted) comeAndGo(t *testing.T) {
+	a, c := e.lab.Hosts[0], e.lab.Hosts[2]
+	for range 3 {
+		docker(t, c, "rm", "--force", "enc")
+		docker(t, c, "network", "rm", "enc")
+		docker(t, c, "network", "create", "-d", hosts.PluginName, "--subnet", "10.90.0.0/16", "--ip-range", "10.90.3.0/24", "-o", "encrypted", "--gateway", "10.90.0.1", "enc")
+		back := run(t, c, "enc", "--network", "enc")
+		reach(t, hosts.Container{Host: a, Name: "enc"}, addressOf(t, back, "enc").String())
+	}
+}
+
+// moves gives the second host another address.
+func (e *encrypted) moves(t *testing.T) {
+	a, b := e.lab.Hosts[0], e.lab.Hosts[1]
+	to := addressOf(t, hosts.Container{Host: b, Name: "encr"}, "encr").String()
+	if err := b.Renumber(t.Context(), netip.MustParseAddr("192.0.2.77")); err != nil {
+		t.Fatal(err)
+	}
+	took := eventually(t, 40*time.Second, "the host is reached at its new address", func(ctx context.Context) error {
+		_, err := hosts.Container{Host: a, Name: "encr"}.Exec(ctx, "ping", "-c", "1", "-W", "1", to)
+		return err
+	})
+	figure(t, "encrypted: host with another address on "+e.name, 1, "reached again after %s", took.Round(100*time.Millisecond))
 }
 
 // revoke takes the third host out and back.
@@ -314,7 +369,10 @@ const control = "WEFT-CONTROL-MARKER"
 func (e *encrypted) sendControl(t *testing.T) {
 	a, b := run(t, e.lab.Hosts[0], "plain", "--network", "plain"), run(t, e.lab.Hosts[1], "plain", "--network", "plain")
 	reach(t, a, addressOf(t, b, "plain").String())
-	sendText(t, a, addressOf(t, b, "plain").String(), control)
+	for range 10 {
+		sendText(t, a, addressOf(t, b, "plain").String(), control)
+		time.Sleep(200 * time.Millisecond) // tcpdump is told of packets after a second at most
+	}
 }
 
 // sendText sends a datagram from a container; nobody need hear it.
