@@ -175,6 +175,32 @@ func routedGuard(v6 bool) []string {
 	return []string{"-i " + vethPrefix + "+ -d 127.0.0.0/8 -j DROP", "-i " + vethPrefix + "+ -m rpfilter --invert -j DROP"}
 }
 
+// routedTrack keeps what endpoints of a routed network send each other out of connection
+// tracking, which costs more than the rest of the way; but for endpoints with published
+// ports, whose answers may have to be translated back, and for the gateway.
+func routedTrack(v6 bool, s store.HostSnapshot) (rules []string) {
+	for _, n := range routedNetworks(v6, s.Networks) {
+		for _, gw := range gatewaysOf(v6, n) {
+			rules = append(rules, fmt.Sprintf("-d %s -j RETURN", gw))
+		}
+		for _, e := range s.Published {
+			at := e.IPv4.Addr()
+			if v6 {
+				at = e.IPv6.Addr()
+			}
+			if at.IsValid() && e.Network == n.ID {
+				rules = append(rules, fmt.Sprintf("-s %s -j RETURN", at), fmt.Sprintf("-d %s -j RETURN", at))
+			}
+		}
+		for _, a := range pools(v6, n) {
+			for _, b := range pools(v6, n) {
+				rules = append(rules, fmt.Sprintf("-s %s -d %s -j CT --notrack", a, b))
+			}
+		}
+	}
+	return rules
+}
+
 // routedForward lets the endpoints of each routed network talk among themselves, and
 // outwards if it is not internal; between networks, and to and from Docker's own
 // bridges, nothing passes.

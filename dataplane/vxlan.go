@@ -268,6 +268,7 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 		raw = append(raw, routedGuard(v6)...)
 	}
 	raw = append(raw, encryptedGuard(v6, s.Networks)...)
+	raw = append(raw, routedTrack(v6, s)...)
 	if tunnels(s, u) { // from anywhere: it answers to nobody but its peers
 		in = append(in, fmt.Sprintf("-p udp -m udp --dport %d:%d -j ACCEPT", s.Self.Tunnel.Port, s.Self.Tunnel.Port+1), "-i "+tunnelPrefix+"+ -j DROP")
 	}

@@ -56,7 +56,7 @@ func (p *process) adminHandler() http.Handler {
 		return s.plan(ctx, r.URL.Query().Get("network"))
 	})
 	on("/v1/encryption", func(ctx context.Context, s *services, _ *http.Request) (any, error) { return s.encryption(ctx) })
-	handle("POST /v1/encryption/rotate", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.changeKey() })
+	handle("POST /v1/encryption/rotate", func(_ context.Context, s *services, _ *http.Request) (any, error) { return struct{}{}, s.changeKey() })
 	for verb, out := range map[string]bool{"revoke": true, "restore": false} {
 		handle("POST /v1/encryption/"+verb, func(ctx context.Context, s *services, r *http.Request) (any, error) {
 			return s.revoke(ctx, r.URL.Query().Get("host"), out)

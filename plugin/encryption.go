@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -179,13 +180,13 @@ func tunnelsTo(p store.Peer, devices []kernel.Tunnel) (out []tunnelPeerReply) {
 }
 
 // changeKey asks for a new key of this host.
-func (s *services) changeKey() (struct{}, error) {
+func (s *services) changeKey() error {
 	if s.rotator.keys.state().rotates() {
-		return struct{}{}, fmt.Errorf("the WireGuard key of this host is being changed already; weft encryption shows it")
+		return errors.New("the WireGuard key of this host is being changed already; weft encryption shows it")
 	}
 	select {
 	case s.rotator.ask <- struct{}{}:
 	default: // asked for, and not begun yet
 	}
-	return struct{}{}, nil
+	return nil
 }

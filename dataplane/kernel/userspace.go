@@ -80,8 +80,8 @@ func (k *Kernel) startOwn(o dataplane.WireGuard) error {
 	t.mtu.Store(int64(o.MTU))
 	go t.tell()
 	log := &device.Logger{
-		Verbosef: func(format string, args ...any) { k.log.Debug(fmt.Sprintf("wireguard: "+format, args...)) },
-		Errorf:   func(format string, args ...any) { k.log.Debug(fmt.Sprintf("wireguard: "+format, args...)) },
+		Verbosef: func(format string, args ...any) { k.log.Debug("wireguard", "text", fmt.Sprintf(format, args...)) },
+		Errorf:   func(format string, args ...any) { k.log.Debug("wireguard", "text", fmt.Sprintf(format, args...)) },
 	}
 	d := &ownDevice{dev: device.NewDevice(t, wgconn.NewDefaultBind(), log), tun: t}
 	k.tunnels.mu.Lock()
