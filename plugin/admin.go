@@ -377,27 +377,6 @@ func (s *services) peers() ([]peerReply, error) {
 	return out, err
 }
 
-// way returns in words how packets go to a peer: of routed networks, and of encrypted
-// ones if they share any.
-func way(self store.Host, p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplane.Underlay) string {
-	plain, crypt := false, false
-	for _, n := range own {
-		for _, o := range nets {
-			if n.Runs(o) {
-				crypt, plain = crypt || n.Encrypted, plain || !n.Encrypted
-			}
-		}
-	}
-	switch text := dataplane.Way(self, p, u); {
-	case crypt && plain && text != "wireguard":
-		return text + ",wireguard"
-	case crypt:
-		return "wireguard"
-	default:
-		return text
-	}
-}
-
 // find returns the network that a user means: "host", a VNI, or the beginning of
 // Docker's id. One that only the kernel has left can be named by its VNI.
 func (s *services) find(name string) (id store.NetworkID, vni store.VNI, err error) {

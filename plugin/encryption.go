@@ -73,6 +73,27 @@ func (s *services) encryption(ctx context.Context) (encryptionReply, error) {
 	return r, err
 }
 
+// way returns in words how packets go to a peer: of routed networks, and of encrypted
+// ones if they share any.
+func way(self store.Host, p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplane.Underlay) string {
+	plain, crypt := false, false
+	for _, n := range own {
+		for _, o := range nets {
+			if n.Runs(o) {
+				crypt, plain = crypt || n.Encrypted, plain || !n.Encrypted
+			}
+		}
+	}
+	switch text := dataplane.Way(self, p, u); {
+	case crypt && plain && text != "wireguard":
+		return text + ",wireguard"
+	case crypt:
+		return "wireguard"
+	default:
+		return text
+	}
+}
+
 // silentTunnels says of the peers to which a tunnel leads whether they answer there.
 func (s *services) silentTunnels(peers []peerReply) error {
 	ctx, cancel := context.WithTimeout(context.Background(), adminLimit)
