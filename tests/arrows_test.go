@@ -27,6 +27,7 @@ var arrows = map[string][]string{
 	"tests/show":           {"tests/hosts"},
 	"tests/demo":           {"tests/hosts", "tests/show"},
 	"tests/demoswarm":      {"tests/hosts", "tests/show"},
+	"tests/demoencrypted":  {"tests/hosts", "tests/show"},
 	"tests/bench":          {"tests/hosts"},
 	"tests/sim":            {},
 }
@@ -37,6 +38,7 @@ var owners = []struct{ dependency, owner, why string }{
 	{"github.com/vishvananda/netns", "dataplane/kerneltest", "only tests enter namespaces"},
 	{"github.com/coreos/go-iptables", "dataplane/kernel", "rules are kernel objects"},
 	{"github.com/safchain/ethtool", "dataplane/kernel", "offloads are properties of links"},
+	{"golang.zx2c4.com/wireguard", "dataplane/kernel", "devices that encrypt are kernel objects, also those of this process"},
 	{"github.com/hashicorp/memberlist", "store/gossip", "membership can be replaced without touching the rest"},
 	{"go.etcd.io/bbolt", "store", "the database is a concrete type; nobody sees its pages"},
 	{"github.com/prometheus/client_golang", "plugin", "packages count in plain numbers; the process exports them"},
