@@ -33,14 +33,7 @@ func TestEncrypted(t *testing.T) {
 			t.Parallel()
 			lab := newLab(t, 3, func(i int, o *hosts.HostOptions) { o.Engine, o.NAT = engine, i == 2 })
 			install(t, lab, pluginDir(t, "", "test"), clusterKey)
-			e := &encrypted{name: name, lab: lab}
-			for _, h := range lab.Hosts {
-				inv, err := h.TakeInventory(t.Context())
-				if err != nil {
-					t.Fatal(err)
-				}
-				e.first = append(e.first, inv)
-			}
+			e := &encrypted{name: name, lab: lab, first: inventories(t, lab.Hosts...)}
 			e.watch(t)
 			t.Run("across hosts", e.acrossHosts)
 			if soak() || name == "debian" { // what they break has nothing to do with the engine
@@ -74,7 +67,7 @@ func (e *encrypted) watch(t *testing.T) {
 }
 
 // networks are the encrypted networks of the test: name, second byte of the subnet.
-var encryptedNetworks = map[string]int{"enc": 90, "encr": 91}
+var encryptedNetworks = map[string]int{"enc": 90, "encr": 91, "come": 93}
 
 func (e *encrypted) acrossHosts(t *testing.T) {
 	for name, second := range encryptedNetworks {
@@ -285,15 +278,22 @@ func (e *encrypted) often(t *testing.T) {
 	figure(t, "encrypted: another key asked for each second on "+e.name, seconds, "%d changes, %d of %d packets lost (target 0)", begun, report.Lost, report.Sent)
 }
 
-// comeAndGo removes the network from the third host and makes it again.
+// comeAndGo removes a network from the third host and makes it again, while the first
+// goes on sending there. The flood does not: on a host without the network its
+// addresses are somebody else's, to which other networks' containers may send.
 func (e *encrypted) comeAndGo(t *testing.T) {
 	a, c := e.lab.Hosts[0], e.lab.Hosts[2]
+	from, to := run(t, a, "come", "--network", "come"), run(t, c, "come", "--network", "come")
 	for range 3 {
-		docker(t, c, "rm", "--force", "enc")
-		docker(t, c, "network", "rm", "enc")
-		docker(t, c, "network", "create", "-d", hosts.PluginName, "--subnet", "10.90.0.0/16", "--ip-range", "10.90.3.0/24", "-o", "encrypted", "--gateway", "10.90.0.1", "enc")
-		back := run(t, c, "enc", "--network", "enc")
-		reach(t, hosts.Container{Host: a, Name: "enc"}, addressOf(t, back, "enc").String())
+		address := addressOf(t, to, "come").String()
+		e.send(t, from, address)
+		docker(t, c, "rm", "--force", "come")
+		sendText(t, from, address, marker)
+		docker(t, c, "network", "rm", "come")
+		sendText(t, from, address, marker)
+		docker(t, c, "network", "create", "-d", hosts.PluginName, "--subnet", "10.93.0.0/16", "--ip-range", "10.93.3.0/24", "-o", "encrypted", "--gateway", "10.93.0.1", "come")
+		to = run(t, c, "come", "--network", "come")
+		e.send(t, from, addressOf(t, to, "come").String())
 	}
 }
 
@@ -431,7 +431,7 @@ func (e *encrypted) nothingPlain(t *testing.T) {
 func (e *encrypted) nothingLeft(t *testing.T) {
 	for i, h := range e.lab.Hosts {
 		removeOthers(t, h)
-		docker(t, h, "network", "rm", "enc", "encr", "plain")
+		docker(t, h, "network", "rm", "enc", "encr", "come", "plain")
 		clean(t, h)
 		unleaked(t, h, e.first[i], "plugin file", "mount", "route", "route6", "link")
 	}
