@@ -8,14 +8,9 @@ import (
 	"github.com/weftnet/weft/store"
 )
 
-// ledBridges returns the networks with a bridge and their own gateway that have subnets
-// of the family, by VNI.
+// ledBridges returns the networks with a bridge and their own gateway.
 func ledBridges(v6 bool, networks []store.Network) []store.Network {
-	out := slices.DeleteFunc(slices.Clone(networks), func(n store.Network) bool {
-		return n.Routed() || !n.OwnGateway() || len(pools(v6, n)) == 0
-	})
-	slices.SortFunc(out, func(a, b store.Network) int { return int(a.VNI) - int(b.VNI) })
-	return out
+	return chosen(v6, networks, func(n store.Network) bool { return n.OwnGateway() && !n.Routed() })
 }
 
 // gatewaysOf returns the gateways of a network of the family.
@@ -86,10 +81,10 @@ func ledTrack(v6 bool, networks []store.Network) (rules []string) {
 		for _, gw := range gatewaysOf(v6, n) {
 			rules = append(rules, fmt.Sprintf("-i %s -d %s -j RETURN", b, gw))
 		}
+		if !v6 {
+			rules = append(rules, fmt.Sprintf("-i %s -d 127.0.0.0/8 -j DROP", b))
+		}
 		for _, from := range pools(v6, n) {
-			if !v6 {
-				rules = append(rules, fmt.Sprintf("-i %s -d 127.0.0.0/8 -j DROP", b))
-			}
 			for _, to := range pools(v6, n) {
 				rules = append(rules, fmt.Sprintf("-i %s -s %s -d %s -j CT --notrack", b, from, to), fmt.Sprintf("-i %s -s %s -d %s -j RETURN", b, from, to))
 			}

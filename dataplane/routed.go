@@ -47,15 +47,14 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 	}
 }
 
-// planPeers adds the ways to the peers' endpoints. Where two records claim one address,
-// a local one wins, then a living peer's, then the lower host id.
+// planPeers adds the ways to the peers' endpoints: a plain route, or where that does not
+// lead there a tunnel.
 func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) {
 	n, vx := *s.Network, VXLANName(s.Network.VNI)
 	p.Add(VXLAN{Name: vx, Alias: NetworkAlias(n), VNI: n.VNI, Local: u.Address, Underlay: u.Link, Port: s.Self.DataPort,
 		MTU: tunnelMTU(u), MAC: tunnelMAC(s.Self.ID, vx), Up: true, NoChecksum: u.NoChecksum})
-	peers, dead := map[store.HostID]store.Peer{}, map[store.HostID]bool{}
+	peers := map[store.HostID]store.Peer{}
 	for _, peer := range s.Peers {
-		dead[peer.ID] = !peer.DeadSince.IsZero()
 		if across(s.Self, peer.Host, u) && tunnelled(s.Self, peer.Host) {
 			peers[peer.ID] = peer
 		}
@@ -63,6 +62,31 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 	for _, peer := range reachable(s, u) {
 		peers[peer.ID] = peer
 		p.Add(FDB{Link: vx, MAC: tunnelMAC(peer.ID, vx), Dst: peer.Address})
+	}
+	planWays(p, s, peers, taken, func(peer store.Peer, a netip.Addr) Route {
+		switch {
+		case across(s.Self, peer.Host, u):
+			return tunnelRoute(s.Self, peer.Host)
+		case direct(peer, a, u):
+			return Route{Link: u.Link, Via: peer.Address}
+		}
+		mac := tunnelMAC(peer.ID, vx)
+		r := Route{Link: vx, Via: linkLocal(mac)}
+		if a.Is4() && peer.Address.Is4() {
+			r.Via = peer.Address
+		}
+		p.Add(Neigh{Link: vx, IP: r.Via, MAC: mac})
+		return r
+	})
+}
+
+// planWays adds a route to each address of the endpoints of peers, that way tells. Where
+// two records claim one address, a local one wins (taken), then a living peer's, then the
+// lower host id.
+func planWays(p Plan, s store.Snapshot, peers map[store.HostID]store.Peer, taken map[netip.Addr]bool, way func(store.Peer, netip.Addr) Route) {
+	dead := map[store.HostID]bool{}
+	for _, peer := range s.Peers {
+		dead[peer.ID] = !peer.DeadSince.IsZero()
 	}
 	for _, e := range byClaim(s.Remote, dead) {
 		peer, ok := peers[e.Owner]
@@ -74,19 +98,8 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 				continue
 			}
 			taken[a] = true
-			r := Route{VNI: n.VNI, Prefix: netip.PrefixFrom(a, a.BitLen()), Link: u.Link, Via: peer.Address}
-			if across(s.Self, peer.Host, u) {
-				prefix := r.Prefix
-				r = tunnelRoute(n.VNI, s.Self, peer.Host)
-				r.Prefix = prefix
-			} else if !direct(peer, a, u) {
-				mac := tunnelMAC(peer.ID, vx)
-				r.Link, r.Via = vx, linkLocal(mac)
-				if a.Is4() && peer.Address.Is4() {
-					r.Via = peer.Address
-				}
-				p.Add(Neigh{Link: vx, IP: r.Via, MAC: mac})
-			}
+			r := way(peer, a)
+			r.VNI, r.Prefix = s.Network.VNI, netip.PrefixFrom(a, a.BitLen())
 			p.Add(r)
 		}
 	}
@@ -103,7 +116,7 @@ func Way(self store.Host, peer store.Peer, u Underlay) string {
 	if across(self, peer.Host, u) {
 		return "wireguard"
 	}
-	if u.Prefix.IsValid() && u.Prefix.Contains(peer.Address) {
+	if u.Prefix.Contains(peer.Address) {
 		return "direct"
 	}
 	return store.ModeVXLAN
@@ -118,13 +131,22 @@ func linkLocal(m store.MAC) netip.Addr {
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
 }
 
-// routedNetworks returns the networks that are routed to that have subnets of the family, by VNI.
-func routedNetworks(v6 bool, networks []store.Network) []store.Network {
-	out := slices.DeleteFunc(slices.Clone(networks), func(n store.Network) bool {
-		return !n.Routed() || len(pools(v6, n)) == 0
-	})
+// chosen returns the networks that pick takes and that have subnets of the family, by VNI.
+func chosen(v6 bool, networks []store.Network, pick func(store.Network) bool) []store.Network {
+	out := slices.DeleteFunc(slices.Clone(networks), func(n store.Network) bool { return !pick(n) || len(pools(v6, n)) == 0 })
 	slices.SortFunc(out, func(a, b store.Network) int { return int(a.VNI) - int(b.VNI) })
 	return out
+}
+
+// routedNetworks returns the networks to whose endpoints hosts route.
+func routedNetworks(v6 bool, networks []store.Network) []store.Network {
+	return chosen(v6, networks, store.Network.Routed)
+}
+
+// throughHost returns the networks of which the host's stack sees packets: routed ones,
+// then bridges with their own gateway.
+func throughHost(v6 bool, networks []store.Network) []store.Network {
+	return append(routedNetworks(v6, networks), ledBridges(v6, networks)...)
 }
 
 func pools(v6 bool, n store.Network) (out []netip.Prefix) {
@@ -139,12 +161,13 @@ func pools(v6 bool, n store.Network) (out []netip.Prefix) {
 // planRouter adds the rule that leads to our routes, and masquerades what leaves a
 // network that has its own gateway and is not internal.
 func planRouter(p Plan, v6 bool, s store.HostSnapshot) {
-	if len(routedNetworks(v6, s.Networks))+len(ledBridges(v6, s.Networks)) == 0 {
+	through := throughHost(v6, s.Networks)
+	if len(through) == 0 {
 		return
 	}
 	p.Add(RouteRule{V6: v6})
 	rules := planPorts(p, v6, s.Published, s.Networks)
-	for _, n := range append(routedNetworks(v6, s.Networks), ledBridges(v6, s.Networks)...) {
+	for _, n := range through {
 		if n.Internal || n.NoMasquerade || !n.OwnGateway() {
 			continue
 		}

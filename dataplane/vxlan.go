@@ -28,7 +28,7 @@ const minMTU = 68
 // planClamp lets TCP agree on segments that fit the way, where hosts route: not every
 // path brings the message that a packet was too large.
 func planClamp(p Plan, v6 bool, networks []store.Network) {
-	if len(routedNetworks(v6, networks))+len(ledBridges(v6, networks)) == 0 {
+	if len(throughHost(v6, networks)) == 0 {
 		return
 	}
 	var rules []string
@@ -127,8 +127,9 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	} else {
 		p.Add(b)
 	}
+	inner := InnerMTU(n, s.Self, s.Around, u)
 	for _, e := range s.Endpoints {
-		planEndpoint(p, e, bridge, InnerMTU(n, s.Self, s.Around, u))
+		planEndpoint(p, e, bridge, inner)
 	}
 	// Without an underlay the network works on this host.
 	if !u.Address.IsValid() {

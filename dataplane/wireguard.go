@@ -100,7 +100,7 @@ func TunnelPeers(s store.HostSnapshot, u Underlay) []store.Peer {
 // host or a peer of it changes its key.
 func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
 	self, peers := s.Self.Tunnel, TunnelPeers(s, u)
-	if !tunnels(s, u) || !u.Address.IsValid() || len(self.Keys) == 0 {
+	if !encrypted(s.Networks) && len(peers) == 0 || !u.Address.IsValid() || len(self.Keys) == 0 {
 		return
 	}
 	mtu := tunnelledMTU(u)
@@ -130,7 +130,7 @@ func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
 // prefer the inside.
 func candidates(self, peer store.Host, way uint16, u Underlay) string {
 	all := []netip.Addr{peer.Public, peer.Address}
-	if !peer.Public.IsValid() || peer.Public == self.Public || u.Prefix.IsValid() && u.Prefix.Contains(peer.Address) {
+	if self.Inside(peer, u.Prefix.Contains(peer.Address)) {
 		slices.Reverse(all)
 	}
 	var out []string
@@ -142,9 +142,9 @@ func candidates(self, peer store.Host, way uint16, u Underlay) string {
 	return strings.Join(slices.Compact(out), ",")
 }
 
-func encrypted(networks []store.Network) bool {
-	return slices.ContainsFunc(networks, func(n store.Network) bool { return n.Encrypted })
-}
+func encrypted(networks []store.Network) bool { return slices.ContainsFunc(networks, isEncrypted) }
+
+func isEncrypted(n store.Network) bool { return n.Encrypted }
 
 // tunnels reports whether this host needs a tunnel.
 func tunnels(s store.HostSnapshot, u Underlay) bool {
@@ -175,40 +175,25 @@ func Fits(n store.Network, u Underlay) error {
 	return nil
 }
 
-// planEncrypted adds the ways to the peers' endpoints of an encrypted network. Where
-// two records claim one address, the choice is that of planPeers.
+// planEncrypted adds the ways to the peers' endpoints of an encrypted network.
 func planEncrypted(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) {
 	// Nothing is on it: its alias keeps the network for a host that lost its database.
 	p.Add(Bridge{Name: BridgeName(s.Network.VNI), Alias: NetworkAlias(*s.Network), MAC: store.DeriveMAC("bridge", string(s.Self.ID), BridgeName(s.Network.VNI)), MTU: MTU(*s.Network, u), Closed: true})
 	if !u.Address.IsValid() {
 		return
 	}
-	peers, dead := map[store.HostID]store.Peer{}, map[store.HostID]bool{}
+	peers := map[store.HostID]store.Peer{}
 	for _, peer := range s.Peers {
 		if tunnelled(s.Self, peer.Host) {
 			peers[peer.ID] = peer
-			dead[peer.ID] = !peer.DeadSince.IsZero()
 		}
 	}
-	for _, e := range byClaim(s.Remote, dead) {
-		peer, ok := peers[e.Owner]
-		if !ok {
-			continue
-		}
-		r := tunnelRoute(s.Network.VNI, s.Self, peer.Host)
-		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
-			if a.IsValid() && !taken[a] {
-				taken[a] = true
-				r.Prefix = netip.PrefixFrom(a, a.BitLen())
-				p.Add(r)
-			}
-		}
-	}
+	planWays(p, s, peers, taken, func(peer store.Peer, _ netip.Addr) Route { return tunnelRoute(s.Self, peer.Host) })
 }
 
-// tunnelRoute returns a route through the tunnel to a peer, without a prefix.
-func tunnelRoute(v store.VNI, self, peer store.Host) Route {
-	r := Route{VNI: v, Link: TunnelNames[0], Peers: [2]store.WGKey{peer.Tunnel.Key(0)}}
+// tunnelRoute returns a route through the tunnel to a peer, without network and prefix.
+func tunnelRoute(self, peer store.Host) Route {
+	r := Route{Link: TunnelNames[0], Peers: [2]store.WGKey{peer.Tunnel.Key(0)}}
 	if self.Tunnel.Rotating() || peer.Tunnel.Rotating() {
 		r.Peers[1] = peer.Tunnel.Key(1)
 		if self.Tunnel.Last || peer.Tunnel.Last {
@@ -222,10 +207,7 @@ func tunnelRoute(v store.VNI, self, peer store.Host) Route {
 // this host and through the tunnels, and nowhere else: also what belongs to a known
 // connection must not come or go plain.
 func encryptedForward(v6 bool, networks []store.Network) (rules []string) {
-	for _, n := range routedNetworks(v6, networks) {
-		if !n.Encrypted {
-			continue
-		}
+	for _, n := range chosen(v6, networks, isEncrypted) {
 		for _, a := range pools(v6, n) {
 			for _, b := range pools(v6, n) {
 				for _, way := range [][2]string{{vethPrefix, vethPrefix}, {vethPrefix, tunnelPrefix}, {tunnelPrefix, vethPrefix}} {
@@ -241,11 +223,9 @@ func encryptedForward(v6 bool, networks []store.Network) (rules []string) {
 // encryptedGuard drops plain packets of an encrypted network on arrival, beside what
 // encryptedForward drops.
 func encryptedGuard(v6 bool, networks []store.Network) (rules []string) {
-	for _, n := range routedNetworks(v6, networks) {
+	for _, n := range chosen(v6, networks, isEncrypted) {
 		for _, a := range pools(v6, n) {
-			if n.Encrypted {
-				rules = append(rules, fmt.Sprintf("! -i %s+ -s %s -j DROP", LinkPrefix, a), fmt.Sprintf("! -i %s+ -d %s -j DROP", LinkPrefix, a))
-			}
+			rules = append(rules, fmt.Sprintf("! -i %s+ -s %s -j DROP", LinkPrefix, a), fmt.Sprintf("! -i %s+ -d %s -j DROP", LinkPrefix, a))
 		}
 	}
 	return rules

@@ -86,8 +86,8 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 		return nil, err
 	}
 	err = d.refuse()
-	if err == nil && d.Fits != nil {
-		err = d.Fits(n)
+	if err == nil {
+		err = d.fits(n)
 	}
 	if err != nil {
 		return nil, err

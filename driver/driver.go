@@ -143,6 +143,10 @@ func (d *Driver) unfit(n store.Network) error {
 	if n.Encrypted && len(n.Key) == 0 && !d.Keyed {
 		return errors.New("option encrypted: this host has no cluster key, so a stranger on the underlay could be taken for a host of the network; set WEFT_KEY_FILE on all hosts, or give the network a key with -o key=")
 	}
+	return d.fits(n)
+}
+
+func (d *Driver) fits(n store.Network) error {
 	if d.Fits == nil {
 		return nil
 	}

@@ -50,7 +50,13 @@ func (p *process) adminHandler() http.Handler {
 	}
 	on("/v1/networks", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.networks() })
 	on("/v1/endpoints", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.endpoints() })
-	on("/v1/peers", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.peers() })
+	on("/v1/peers", func(ctx context.Context, s *services, _ *http.Request) (any, error) {
+		crypt, err := s.encryption(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return s.peers(crypt)
+	})
 	on("/v1/ipam", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.ipam.Status() })
 	on("/v1/plan", func(ctx context.Context, s *services, r *http.Request) (any, error) {
 		return s.plan(ctx, r.URL.Query().Get("network"))
@@ -333,7 +339,7 @@ func endpointState(e store.Endpoint, missing []store.EndpointID) string {
 	return "joined"
 }
 
-func (s *services) peers() ([]peerReply, error) {
+func (s *services) peers(crypt encryptionReply) ([]peerReply, error) {
 	out := []peerReply{}
 	err := s.db.View(func(tx *store.Tx) error {
 		own, err := tx.Networks()
@@ -358,9 +364,7 @@ func (s *services) peers() ([]peerReply, error) {
 		}
 		return nil
 	})
-	if err == nil {
-		err = s.silentTunnels(out)
-	}
+	silentTunnels(out, crypt)
 	members, _ := s.cluster.get()
 	if members == nil {
 		return out, err

@@ -95,13 +95,7 @@ func way(self store.Host, p store.Peer, own []store.Network, nets []store.PeerNe
 }
 
 // silentTunnels says of the peers to which a tunnel leads whether they answer there.
-func (s *services) silentTunnels(peers []peerReply) error {
-	ctx, cancel := context.WithTimeout(context.Background(), adminLimit)
-	defer cancel()
-	r, err := s.encryption(ctx)
-	if err != nil {
-		return err
-	}
+func silentTunnels(peers []peerReply, r encryptionReply) {
 	answers := map[store.HostID]bool{}
 	for _, t := range r.Peers {
 		answers[t.ID] = answers[t.ID] || t.State == "on"
@@ -111,7 +105,6 @@ func (s *services) silentTunnels(peers []peerReply) error {
 			peers[i].Way += " (no answer)"
 		}
 	}
-	return nil
 }
 
 func (s *services) revoked() (out []revokedReply, err error) {

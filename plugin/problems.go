@@ -45,7 +45,9 @@ func (p *process) status() (statusReply, error) {
 	if s.Swarm, err = svc.swarm(); err != nil {
 		return s, err
 	}
-	crypt, err := svc.encryption(context.Background())
+	ctx, cancel := context.WithTimeout(context.Background(), adminLimit)
+	defer cancel()
+	crypt, err := svc.encryption(ctx)
 	if err != nil {
 		return s, err
 	}
@@ -54,12 +56,10 @@ func (p *process) status() (statusReply, error) {
 	if err != nil {
 		return s, err
 	}
-	peers, err := svc.peers()
+	peers, err := svc.peers(crypt)
 	if err != nil {
 		return s, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), adminLimit)
-	defer cancel()
 	routes, err := svc.kernel.Routes(ctx)
 	if err != nil {
 		return s, err

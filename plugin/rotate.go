@@ -44,19 +44,19 @@ func (r *rotator) run(ctx context.Context, age time.Duration) error {
 				r.log.Error("the WireGuard key is not changed; trying on", "err", err)
 			}
 		}
+		due := true
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-r.ask:
-			if err := r.begin(ctx); err != nil && ctx.Err() == nil {
-				r.log.Error("cannot begin to change the WireGuard key", "err", err)
-			}
 		case <-look.C:
-			if made := r.keys.state().Keys[0].Made; age > 0 && time.Since(made) > age {
-				if err := r.begin(ctx); err != nil && ctx.Err() == nil {
-					r.log.Error("cannot begin to change the WireGuard key", "err", err)
-				}
-			}
+			due = age > 0 && time.Since(r.keys.state().Keys[0].Made) > age
+		}
+		if !due {
+			continue
+		}
+		if err := r.begin(ctx); err != nil && ctx.Err() == nil {
+			r.log.Error("cannot begin to change the WireGuard key", "err", err)
 		}
 	}
 }

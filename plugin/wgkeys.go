@@ -92,27 +92,13 @@ func (w *wgKeys) write(s wgKeyState) error {
 	if err != nil {
 		return err
 	}
-	if err := writeFile(w.path, raw); err != nil {
+	if err := store.WriteSecret(w.path, raw); err != nil {
 		return err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.file = s
 	return nil
-}
-
-// writeFile replaces a file that root alone reads. A crash leaves the old or the new one.
-func writeFile(path string, raw []byte) error {
-	tmp := path + ".new"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(raw)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
 }
 
 func (w *wgKeys) state() wgKeyState {

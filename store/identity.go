@@ -47,17 +47,22 @@ func makeIdentity(path string) (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
-	// Written beside and renamed, so that a crash leaves no half key.
+	return identity(key), WriteSecret(path, pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: key.Seed()}))
+}
+
+// WriteSecret replaces a file that its owner alone reads. It is written beside and
+// renamed, so that a crash leaves the old or the new one.
+func WriteSecret(path string, raw []byte) error {
 	tmp := path + ".new"
 	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
-		return Identity{}, err
+		return err
 	}
-	_, err = f.Write(pem.EncodeToMemory(&pem.Block{Type: pemType, Bytes: key.Seed()}))
+	_, err = f.Write(raw)
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return Identity{}, err
+		return err
 	}
-	return identity(key), os.Rename(tmp, path)
+	return os.Rename(tmp, path)
 }
 
 func identity(key ed25519.PrivateKey) Identity {

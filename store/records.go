@@ -88,6 +88,12 @@ type Host struct {
 	MTU    int        `json:"mtu,omitempty"` // of the underlay's link, bytes; 0: not told
 }
 
+// Inside reports whether h reaches a peer by the peer's own address, not by that of a NAT
+// in front of it: there is none, both are behind it, or the peer is on h's link (near).
+func (h Host) Inside(peer Host, near bool) bool {
+	return !peer.Public.IsValid() || peer.Public == h.Public || near
+}
+
 // WGKey is a key of WireGuard (Curve25519), public or private.
 type WGKey [32]byte
 

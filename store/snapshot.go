@@ -113,18 +113,34 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 			s.Published = slices.DeleteFunc(all, func(e Endpoint) bool { return e.Left || len(e.Ports) == 0 })
 		}
 		return tx.ofPeers(func(p Peer, r *peerRecords) {
-			if !p.Hidden && slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return runsOne(s.Networks, o) }) {
-				s.Peers = append(s.Peers, p)
-				if slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return o.Encrypted && runsOne(s.Networks, o) }) {
-					s.Tunnels = append(s.Tunnels, p)
-				}
-				if slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return o.Mode == ModeRouted && runsOne(s.Networks, o) }) {
-					s.Routed = append(s.Routed, p)
-				}
+			if !p.Hidden {
+				s.place(p, r.nets)
 			}
 		})
 	})
 	return s, err
+}
+
+// place puts a peer into the lists where its networks belong.
+func (s *HostSnapshot) place(p Peer, nets []PeerNetwork) {
+	runs, crypt, routed := false, false, false
+	for _, o := range nets {
+		if runs && (crypt || !o.Encrypted) && (routed || o.Mode != ModeRouted) {
+			continue // nothing new; to prove a network costs a hash
+		}
+		if runsOne(s.Networks, o) {
+			runs, crypt, routed = true, crypt || o.Encrypted, routed || o.Mode == ModeRouted
+		}
+	}
+	if runs {
+		s.Peers = append(s.Peers, p)
+	}
+	if crypt {
+		s.Tunnels = append(s.Tunnels, p)
+	}
+	if routed {
+		s.Routed = append(s.Routed, p)
+	}
 }
 
 // runsOne reports whether a peer's network is one of ours.

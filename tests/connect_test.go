@@ -101,12 +101,22 @@ func delivers(t *testing.T, from, to hosts.Container, source, link, listen, send
 		return err
 	}
 	defer func() { _ = out.Close() }()
+	return arrives(out, in, false, size)
+}
+
+// arrives sends a datagram with so many bytes that must not be fragmented, until it is
+// received whole.
+func arrives(out, in *net.UDPConn, v6 bool, size int) error {
 	raw, err := out.SyscallConn()
 	if err != nil {
 		return err
 	}
-	cerr := raw.Control(func(fd uintptr) {
-		err = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_IP, syscall.IP_MTU_DISCOVER, syscall.IP_PMTUDISC_DO)
+	level, option := syscall.IPPROTO_IP, syscall.IP_MTU_DISCOVER
+	if v6 {
+		level, option = syscall.IPPROTO_IPV6, syscall.IPV6_MTU_DISCOVER
+	}
+	cerr := raw.Control(func(fd uintptr) { // both families have the same values
+		err = syscall.SetsockoptInt(int(fd), level, option, syscall.IP_PMTUDISC_DO)
 	})
 	if err = errors.Join(cerr, err); err != nil {
 		return err

@@ -117,36 +117,7 @@ func whole(t *testing.T, from, to hosts.Container, at netip.Addr, size int) erro
 		t.Fatal(err)
 	}
 	defer out.Close()
-	raw, err := out.SyscallConn()
-	if err != nil {
-		return err
-	}
-	const discover6 = 23 // IPV6_MTU_DISCOVER; the value is that of IPv4
-	cerr := raw.Control(func(fd uintptr) {
-		if at.Is6() {
-			err = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_IPV6, discover6, syscall.IP_PMTUDISC_DO)
-		} else {
-			err = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_IP, syscall.IP_MTU_DISCOVER, syscall.IP_PMTUDISC_DO)
-		}
-	})
-	if err := errors.Join(cerr, err); err != nil {
-		return err
-	}
-	buf := make([]byte, 1<<16)
-	for range 5 { // one may be lost
-		if _, err = out.Write(make([]byte, size)); err != nil {
-			return err
-		}
-		_ = in.SetReadDeadline(time.Now().Add(time.Second))
-		n := 0
-		if n, err = in.Read(buf); err == nil && n != size {
-			err = fmt.Errorf("%d bytes arrived of %d", n, size)
-		}
-		if err == nil {
-			return nil
-		}
-	}
-	return err
+	return arrives(out, in, at.Is6(), size)
 }
 
 // smaller gives the second host a link with a smaller MTU: new containers on both have

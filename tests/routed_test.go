@@ -22,14 +22,7 @@ func TestRouted(t *testing.T) {
 			t.Parallel()
 			lab := newLab(t, 2, func(_ int, o *hosts.HostOptions) { o.Engine = engine })
 			install(t, lab, pluginDir(t, "", "test"))
-			r := &routed{name: name, lab: lab}
-			for _, h := range lab.Hosts {
-				inv, err := h.TakeInventory(t.Context())
-				if err != nil {
-					t.Fatal(err)
-				}
-				r.first = append(r.first, inv)
-			}
+			r := &routed{name: name, lab: lab, first: inventories(t, lab.Hosts...)}
 			for i, way := range []string{"mode=routed", "gateway=weft"} {
 				if !soak() && (i == 1) != (name == "newest") {
 					continue // the soak has both on both

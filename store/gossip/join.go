@@ -155,7 +155,7 @@ type transport struct {
 // wayTo returns the address by which a host is reached from here: inside its network
 // or behind the same NAT its own, else the public one.
 func (c *Cluster) wayTo(h store.Host) netip.Addr {
-	if !h.Public.IsValid() || h.Public == c.db.Self().Public || c.cfg.Near != nil && c.cfg.Near(h.Address) {
+	if c.db.Self().Inside(h, c.cfg.Near != nil && c.cfg.Near(h.Address)) {
 		return h.Address
 	}
 	return h.Public

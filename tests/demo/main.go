@@ -111,16 +111,9 @@ func (d demo) kill(a, b *hosts.Host) error {
 		done <- result{out, err}
 	}()
 	for _, h := range []*hosts.Host{a, b} {
-		old, err := h.KillPluginParent(d.Ctx)
-		if err != nil {
+		if err := d.KillPlugin(h); err != nil {
 			return err
 		}
-		d.Prompt(h.Name, fmt.Sprintf("kill -9 %d    # the plugin", old))
-		took, err := h.WaitPlugin(d.Ctx, old)
-		if err != nil {
-			return err
-		}
-		fmt.Printf("Docker started it again; it served after %.1f s\n", took.Seconds())
 	}
 	r := <-done
 	fmt.Println(r.out)

@@ -71,7 +71,7 @@ func (s *Show) Build() error {
 	return nil
 }
 
-// Hosts makes the lab.
+// Hosts makes the lab. A name that ends in /nat is that of a host behind a NAT.
 func (s *Show) Hosts(names ...string) error {
 	o := hosts.Options{Logf: func(f string, a ...any) { fmt.Printf(f+"\n", a...) }}
 	for _, n := range names {
@@ -114,6 +114,22 @@ func (s *Show) InstallOn(h *hosts.Host, settings ...string) error {
 		append([]string{"plugin", "set", hosts.PluginName}, settings...),
 		[]string{"plugin", "enable", hosts.PluginName},
 		[]string{"plugin", "ls"})
+}
+
+// KillPlugin kills the plugin with all its processes, and waits until Docker has started
+// it again and it serves.
+func (s *Show) KillPlugin(h *hosts.Host) error {
+	old, err := h.KillPluginParent(s.Ctx)
+	if err != nil {
+		return err
+	}
+	s.Prompt(h.Name, fmt.Sprintf("kill -9 %d    # the plugin", old))
+	took, err := h.WaitPlugin(s.Ctx, old)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("Docker started it again; it served after %.1f s\n", took.Seconds())
+	return nil
 }
 
 // OK notes a step for the summary.
