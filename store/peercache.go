@@ -34,28 +34,33 @@ func (r *peerRecords) network(v VNI) (PeerNetwork, bool) {
 
 // recordsOf returns what the peer has, as this transaction sees it.
 func (tx *Tx) recordsOf(id HostID) (*peerRecords, error) {
-	if tx.owners[id] { // written in this very transaction
-		return tx.readRecords(id)
-	}
-	c := tx.peers
-	c.mu.Lock()
-	r, ok := c.owners[id]
-	// A reader that began before the last change sees what was before it.
-	current := tx.tx.ID() >= c.changed[id]
-	c.mu.Unlock()
-	if ok && current {
+	if r, ok := tx.remembered(id); ok {
 		return r, nil
 	}
 	r, err := tx.readRecords(id)
-	if err != nil {
-		return nil, err
+	if err != nil || tx.owners[id] {
+		return r, err
 	}
+	c := tx.peers
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if tx.tx.ID() >= c.changed[id] {
 		c.owners[id] = r
 	}
 	return r, nil
+}
+
+// remembered returns what the peer has if it need not be read.
+func (tx *Tx) remembered(id HostID) (*peerRecords, bool) {
+	if tx.owners[id] { // written in this very transaction
+		return nil, false
+	}
+	c := tx.peers
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r, ok := c.owners[id]
+	// A reader that began before the last change sees what was before it.
+	return r, ok && tx.tx.ID() >= c.changed[id]
 }
 
 func (tx *Tx) readRecords(id HostID) (*peerRecords, error) {

@@ -61,23 +61,23 @@ func remoteKey(v VNI, id HostID, e EndpointID) []byte {
 
 // PeerNetworks returns the networks that a peer runs, sorted by VNI.
 func (tx *Tx) PeerNetworks(id HostID) ([]PeerNetwork, error) {
-	r, err := tx.recordsOf(id)
-	if err != nil {
-		return nil, err
+	if r, ok := tx.remembered(id); ok {
+		return r.nets, nil
 	}
-	return r.nets, nil
+	// Its endpoints, of which there may be thousands, are not read for this.
+	return readAll[PeerNetwork](tx, bucketPeerNets, []byte(string(id)+"/"))
 }
 
 // PeerNetwork returns one network of a peer, or ErrNotFound.
 func (tx *Tx) PeerNetwork(id HostID, v VNI) (PeerNetwork, error) {
-	r, err := tx.recordsOf(id)
-	if err != nil {
-		return PeerNetwork{}, err
+	what := fmt.Sprintf("network %d of peer %s", v, id)
+	if r, ok := tx.remembered(id); ok {
+		if n, ok := r.network(v); ok {
+			return n, nil
+		}
+		return PeerNetwork{}, fmt.Errorf("%s: %w", what, ErrNotFound)
 	}
-	if n, ok := r.network(v); ok {
-		return n, nil
-	}
-	return PeerNetwork{}, fmt.Errorf("network %d of peer %s: %w", v, id, ErrNotFound)
+	return get[PeerNetwork](tx, bucketPeerNets, peerNetKey(id, v), what)
 }
 
 // MergeNetworks takes over a peer's list of networks, as the peer itself told it,
