@@ -39,7 +39,7 @@ func PeerName(veth string) string { return store.ContainerLink(veth) }
 // The alias of a link says whose it is and holds what a host needs to rebuild its
 // records when the database was lost. The kernel keeps at most 255 bytes.
 //
-//	weft:net 4096 <network id> <mtu, 0 automatic> <internal 0|1, r routed, n no masquerade, e encrypted, g gateway ours> 10.1.0.0/16=10.1.0.1,fd00::/64
+//	weft:net 4096 <network id> <mtu, 0 automatic> <internal 0|1, r routed, n no masquerade, e encrypted, g gateway ours, u unguarded, s slow path, t any ethertype> 10.1.0.0/16=10.1.0.1,fd00::/64
 //	weft:vxlan 4096
 //	weft:ep 4096 <endpoint id> <network id> 02:… 10.1.0.2/16 - joined
 
@@ -60,6 +60,15 @@ func NetworkAlias(n store.Network) string {
 	}
 	if n.GatewayWeft {
 		how += "g"
+	}
+	if n.Unguarded {
+		how += "u"
+	}
+	if n.SlowPath {
+		how += "s"
+	}
+	if n.AnyEthertype {
+		how += "t"
 	}
 	s := fmt.Sprintf("%snet %d %s %d %s", AliasPrefix, n.VNI, n.ID, n.MTU, how)
 	sep := " "
@@ -90,7 +99,8 @@ func ParseNetworkAlias(s string) (store.Network, bool) {
 		return n, false
 	}
 	n = store.Network{ID: store.NetworkID(f[1]), VNI: store.VNI(vni), Mode: store.ModeVXLAN, MTU: mtu,
-		Internal: strings.HasPrefix(f[3], "1"), NoMasquerade: strings.Contains(f[3], "n"), Encrypted: strings.Contains(f[3], "e"), GatewayWeft: strings.Contains(f[3], "g")}
+		Internal: strings.HasPrefix(f[3], "1"), NoMasquerade: strings.Contains(f[3], "n"), Encrypted: strings.Contains(f[3], "e"), GatewayWeft: strings.Contains(f[3], "g"),
+		Unguarded: strings.Contains(f[3], "u"), SlowPath: strings.Contains(f[3], "s"), AnyEthertype: strings.Contains(f[3], "t")}
 	if strings.Contains(f[3], "r") {
 		n.Mode = store.ModeRouted
 	}

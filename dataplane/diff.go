@@ -76,6 +76,8 @@ func lost(w Object, want, have Plan) bool {
 		name = o.Link
 	case Route:
 		name = o.Link
+	case Dest:
+		name = o.Link
 	default:
 		return false
 	}
@@ -125,6 +127,8 @@ type Underlay struct {
 	// for VXLAN, with the reason.
 	NoChecksum bool
 	Reason     string
+	// Program: this kernel runs the port program.
+	Program bool
 }
 
 // OpError is the failure of one operation.

@@ -226,6 +226,8 @@ func foreignDelete(op Op) bool {
 	switch o := op.Object.(type) {
 	case FDB:
 		return o.Dst.IsValid() || o.Master && len(o.Link) > len(vxlanPrefix) && o.Link[:len(vxlanPrefix)] == vxlanPrefix
+	case Dest:
+		return o.Peer.IsValid()
 	case Neigh:
 		return !strings.HasPrefix(o.Link, vethPrefix)
 	case Route:

@@ -31,6 +31,7 @@ const (
 	KindJump                  // rule in a shared chain that jumps to a chain of ours
 	KindRule                  // routing rule; priority and table
 	KindBlackhole             // route without a way; table and protocol
+	KindProgram               // eBPF program; name of its filter and maps
 	KindWireGuard             // link; name and alias
 	KindPeer                  // peer of a WireGuard device of ours
 	KindBridge                // link; name prefix and alias
@@ -39,9 +40,10 @@ const (
 	KindRoute                 // route; table and protocol
 	KindNeigh                 // permanent neighbour on a link of ours
 	KindFDB                   // static forwarding entry on a link of ours
+	KindDest                  // entry in a map of the program
 )
 
-var kindNames = [...]string{"set", "chain", "jump", "rule", "blackhole", "wireguard", "peer", "bridge", "vxlan", "veth", "route", "neigh", "fdb"}
+var kindNames = [...]string{"set", "chain", "jump", "rule", "blackhole", "program", "wireguard", "peer", "bridge", "vxlan", "veth", "route", "neigh", "fdb", "dest"}
 
 func (k Kind) String() string { return kindNames[k] }
 
@@ -134,6 +136,7 @@ type Veth struct {
 	// Hairpin: the bridge sends back what comes from here, as an endpoint needs that
 	// reaches itself by a port of the host: with br_netfilter the bridge translates it.
 	Hairpin bool
+	Program Port
 }
 
 // Neigh is a permanent neighbour entry on a link: on a bridge, ARP is answered from it
@@ -272,6 +275,9 @@ func (o Veth) String() string {
 	}
 	if o.Joined {
 		s += " joined"
+	}
+	if o.Program != (Port{}) {
+		s += " " + o.Program.String()
 	}
 	return s + fmt.Sprintf(" alias %q", o.Alias)
 }

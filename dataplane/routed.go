@@ -28,7 +28,7 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 		}
 		veth := VethName(e.ID)
 		o := Veth{Name: veth, Alias: EndpointAlias(e), MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "",
-			Router: NewRouter(len(e.Ports) > 0 && e.IPv4.IsValid(), n.GatewayOf(e.IPv4.Addr()), n.GatewayOf(e.IPv6.Addr()))}
+			Program: portOf(n, e, u), Router: NewRouter(len(e.Ports) > 0 && e.IPv4.IsValid(), n.GatewayOf(e.IPv4.Addr()), n.GatewayOf(e.IPv6.Addr()))}
 		for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
 			if !a.IsValid() {
 				continue
@@ -38,6 +38,7 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 			p.Add(Neigh{Link: veth, IP: a, MAC: e.MAC})
 		}
 		p.Add(o)
+		planLocalDests(p, n, e, u)
 	}
 	switch {
 	case n.Encrypted:
@@ -68,6 +69,7 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 		case across(s.Self, peer.Host, u):
 			return tunnelRoute(s.Self, peer.Host)
 		case direct(peer, a, u):
+			planDest(p, Dest{VNI: n.VNI, IP: a, Peer: peer.Address, Direct: true}, n, u)
 			return Route{Link: u.Link, Via: peer.Address}
 		}
 		mac := tunnelMAC(peer.ID, vx)

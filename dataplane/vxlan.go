@@ -129,7 +129,7 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	}
 	inner := InnerMTU(n, s.Self, s.Around, u)
 	for _, e := range s.Endpoints {
-		planEndpoint(p, e, bridge, inner)
+		planEndpoint(p, n, e, u, inner)
 	}
 	// Without an underlay the network works on this host.
 	if !u.Address.IsValid() {
@@ -142,13 +142,15 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	return p, nil
 }
 
-func planEndpoint(p Plan, e store.Endpoint, bridge string, inner int) {
+func planEndpoint(p Plan, n store.Network, e store.Endpoint, u Underlay, inner int) {
 	if e.Left {
 		return
 	}
 	veth := VethName(e.ID)
-	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: bridge, MAC: e.MAC, MTU: inner, Up: true, Joined: e.Sandbox != "", Hairpin: len(e.Ports) > 0})
+	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: BridgeName(n.VNI), MAC: e.MAC, MTU: inner, Up: true, Joined: e.Sandbox != "",
+		Hairpin: len(e.Ports) > 0, Program: portOf(n, e, u)})
 	p.Add(FDB{Link: veth, MAC: e.MAC, Master: true})
+	planLocalDests(p, n, e, u)
 }
 
 // planRemote adds what is needed to reach the peers' endpoints. Where two records
@@ -175,6 +177,7 @@ func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
 		mac[e.MAC] = true
 		p.Add(FDB{Link: vx, MAC: e.MAC, Dst: dst})
 		p.Add(FDB{Link: vx, MAC: e.MAC, Master: true})
+		planDest(p, Dest{VNI: s.VNI, MAC: e.MAC, Peer: dst, Direct: u.Prefix.Contains(dst)}, *s.Network, u)
 		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
 			if a.IsValid() {
 				ip[a] = true
@@ -233,6 +236,7 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 		planClamp(p, v6, s.Networks)
 	}
 	planTunnels(p, s, u)
+	planProgram(p, s, u)
 	return p
 }
 

@@ -20,10 +20,11 @@ type settings struct {
 	mtu      int       // bytes; 0: automatic
 	internal bool
 	// encrypted: between hosts by WireGuard alone
-	encrypted bool
-	ifname    string
-	key       []byte // of the network, or nil
-	meet      []netip.Addr
+	encrypted                bool
+	ifname                   string
+	unguarded, slow, anyType bool
+	key                      []byte // of the network, or nil
+	meet                     []netip.Addr
 }
 
 // Option is one key of `docker network create -o KEY=VALUE`.
@@ -93,6 +94,26 @@ func options() []Option {
 			set: func(s *settings, v string) (err error) {
 				s.encrypted, err = parseBool(v)
 				return err
+			}},
+		{Key: "guard", Default: "true", Help: "containers can send from their own addresses alone, and not as a router, DHCP server or bridge; false for one that takes over addresses (keepalived) or forwards",
+			set: func(s *settings, v string) error {
+				on, err := parseBool(v)
+				s.unguarded = !on
+				return err
+			}},
+		{Key: "fastpath", Default: "true", Help: "packets between containers of the network go past bridge, routes and iptables of the host; false where rules of yours (`DOCKER-USER`) must see them",
+			set: func(s *settings, v string) error {
+				on, err := parseBool(v)
+				s.slow = !on
+				return err
+			}},
+		{Key: "ethertypes", Default: "known", Help: "`known`: the guard lets IPv4, IPv6 and ARP pass; `any`: every ethertype but VLAN tags",
+			set: func(s *settings, v string) error {
+				if v != "known" && v != "any" {
+					return fmt.Errorf("%s is neither known nor any", clip(v))
+				}
+				s.anyType = v == "any"
+				return nil
 			}},
 		{Key: "ifname", Aliases: []string{"com.docker.network.container_iface_prefix"}, Default: "eth", Help: "prefix of the interface name in containers, at most 12 letters, digits, - and _",
 			set: func(s *settings, v string) error {

@@ -61,7 +61,7 @@ func parseNetwork(r network.CreateNetworkRequest) (store.Network, error) {
 		s.internal = s.internal || on
 	}
 	n = store.Network{ID: store.NetworkID(r.NetworkID), VNI: s.vni, Mode: s.mode, MTU: s.mtu, Internal: s.internal, Encrypted: s.encrypted, NoMasquerade: s.noMasq, GatewayWeft: s.gateway == gatewayWeft && s.mode != store.ModeRouted,
-		Ifname: s.ifname, Options: given, Key: s.key, Meet: s.meet}
+		Unguarded: s.unguarded, SlowPath: s.slow, AnyEthertype: s.anyType, Ifname: s.ifname, Options: given, Key: s.key, Meet: s.meet}
 	// In Swarm an IPv6 subnet may come in the IPv4 list: the address decides.
 	for i, d := range slices.Concat(r.IPv4Data, r.IPv6Data) {
 		field := fmt.Sprintf("IPv4Data[%d]", i)

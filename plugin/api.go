@@ -21,7 +21,9 @@ type statusReply struct {
 	Error     string        `json:"error,omitempty"` // why it cannot serve
 	Host      store.Host    `json:"host,omitzero"`
 	Underlay  underlayReply `json:"underlay,omitzero"`
-	IPTables  string        `json:"iptables,omitempty"` // backend in use
+	IPTables  string        `json:"iptables,omitempty"`  // backend in use
+	Program   string        `json:"program,omitempty"`   // "on", or why the port program is off
+	UserRules int           `json:"userRules,omitempty"` // in DOCKER-USER
 	Scope     string        `json:"scope"`
 	Swarm     swarmReply    `json:"swarm,omitzero"`
 	Join      []string      `json:"join"`

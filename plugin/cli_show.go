@@ -72,6 +72,7 @@ func printStatus(c *cli, s statusReply, swarm string) {
 		[]string{"host", fmt.Sprintf("%s (%s)", s.Host.Name, s.Host.ID)},
 		[]string{"underlay", underlayText(s.Underlay)},
 		[]string{"iptables", orDash(s.IPTables)},
+		[]string{"program", orDash(s.Program)},
 		[]string{"hosts", clusterText(s)},
 	)
 	for _, d := range s.Tunnels {

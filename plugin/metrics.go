@@ -63,6 +63,7 @@ type stateCollector struct {
 	up, passes, ops, failures, repaired, failing, objects *prometheus.Desc
 	networks, endpoints, remote, peers, pools, leases     *prometheus.Desc
 	fetches, fetchErrors, drops                           *prometheus.Desc
+	guarded, packets                                      *prometheus.Desc
 }
 
 func newStateCollector(g *gate) *stateCollector {
@@ -86,6 +87,8 @@ func newStateCollector(g *gate) *stateCollector {
 		fetches:     desc("fetches_total", "Questions for records to their owners."),
 		fetchErrors: desc("fetch_errors_total", "Questions for records that failed."),
 		drops:       desc("drops_total", "Messages, records and streams of other hosts that were refused, by reason.", "reason"),
+		guarded:     desc("guard_drops_total", "Frames of containers that the guard dropped, by reason.", "reason"),
+		packets:     desc("program_packets_total", "Frames of containers that the port program took to their destination (fast) or left to the host's stack (slow).", "path"),
 		leases:      desc("leases", "Addresses by state (taken, cooling).", "state"),
 	}
 }
@@ -128,6 +131,13 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 	counter(c.fetchErrors, members.FetchErrors)
 	for reason, n := range members.Dropped {
 		counter(c.drops, n, reason)
+	}
+	if sum, err := svc.kernel.Counters(); err == nil {
+		for reason, n := range sum.Dropped {
+			counter(c.guarded, n, reason)
+		}
+		counter(c.packets, sum.Fast, "fast")
+		counter(c.packets, sum.Slow, "slow")
 	}
 	counts, err := countRecords(svc.db)
 	if err != nil {

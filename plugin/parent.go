@@ -9,6 +9,8 @@ import (
 	"runtime"
 	"syscall"
 	"time"
+
+	"github.com/weftnet/weft/dataplane/kernel"
 )
 
 // A child is started again at once, and one that did not live for childLived after a
@@ -20,15 +22,20 @@ const (
 )
 
 // inheritFlag tells a child that its sockets are open already, as the file descriptors
-// 3 (Docker's) and 4 (admin).
-const inheritFlag = "inherit"
+// 3 (Docker's) and 4 (admin), and that those of the port program follow; noProgramFlag
+// why they do not.
+const (
+	inheritFlag      = "inherit"
+	noProgramFlag    = "no-program"
+	firstProgramFile = 5
+)
 
 // keepChild has a child do all the work on the plugin's sockets, and starts it again
 // whenever that ends. It is the process that Docker knows, and exists for two reasons:
 // Docker disables a plugin that dies within half a second of its start, until somebody
 // enables it; and while a child is replaced, calls wait in the sockets' queue in place
 // of failing. It returns when it was told to end and the child has.
-func keepChild(args []string, docker, admin net.Listener, log *slog.Logger) error {
+func keepChild(args []string, docker, admin net.Listener, port *kernel.Program, log *slog.Logger) error {
 	files := []*os.File{nil, os.Stdout, os.Stderr}
 	for _, l := range []net.Listener{docker, admin} {
 		// The copy stays open over the children, and the sockets in their place.
@@ -39,6 +46,11 @@ func keepChild(args []string, docker, admin net.Listener, log *slog.Logger) erro
 		defer f.Close()
 		files = append(files, f)
 	}
+	args = append(append([]string{os.Args[0], "plugin"}, args...), "-"+inheritFlag)
+	if err := port.Err(); err != nil {
+		args = append(args, "-"+noProgramFlag, err.Error())
+	}
+	files = append(files, port.Files()...)
 	told := make(chan os.Signal, 1)
 	signal.Notify(told, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(told)
@@ -51,7 +63,7 @@ func keepChild(args []string, docker, admin net.Listener, log *slog.Logger) erro
 	pause := time.Duration(0)
 	for {
 		begun := time.Now()
-		child, err := os.StartProcess(program, append(append([]string{os.Args[0], "plugin"}, args...), "-"+inheritFlag),
+		child, err := os.StartProcess(program, args,
 			&os.ProcAttr{Files: files, Sys: &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}})
 		if err != nil {
 			return fmt.Errorf("start the plugin's work: %w", err)

@@ -16,7 +16,10 @@ import (
 //
 //	CAP_NET_ADMIN  links, forwarding and neighbour entries, ipset, iptables
 //	CAP_NET_RAW    iptables and its set match ask the kernel through raw sockets
-func keptCapabilities() []uintptr { return []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW} }
+//	CAP_BPF        the port program and its maps
+func keptCapabilities() []uintptr {
+	return []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_BPF}
+}
 
 // dropPrivileges takes from the process, and from all that it will start, every
 // capability but keptCapabilities, and the possibility to gain others. Docker adds

@@ -31,6 +31,10 @@ func (p *process) status() (statusReply, error) {
 		return s, nil
 	}
 	s.Host, s.IPTables, s.Rebuilt = svc.db.Self(), svc.kernel.Backend(), svc.rebuilt
+	s.Program, s.UserRules = "on", svc.kernel.UserRules()
+	if err := p.program.Err(); err != nil {
+		s.Program = "off: " + err.Error()
+	}
 	u := svc.loop.Underlay()
 	s.Underlay = underlayReply{Address: u.Address, Link: u.Link, MTU: u.MTU}
 	if u.NoChecksum {
@@ -192,6 +196,14 @@ func problems(v view) []problem {
 	}
 	out = append(out, v.clusterProblems()...)
 	out = append(out, v.encryptionProblems()...)
+	if v.status.Program != "on" && v.status.Program != "off: "+switchedOff {
+		out = append(out, problem{Advice: true, Text: "containers are not guarded, and reach each other through bridge and rules alone: the port program is " + v.status.Program,
+			Remedy: "use Linux 5.15 or newer, and let the plugin have CAP_BPF and CAP_PERFMON; or say that it is meant: docker plugin set weft:latest WEFT_PROGRAM=off"})
+	}
+	if past := slices.IndexFunc(v.networks, func(n networkReply) bool { return !n.SlowPath }); past >= 0 && v.status.Program == "on" && v.status.UserRules > 0 {
+		out = append(out, problem{Advice: true, Text: fmt.Sprintf("%d rules in DOCKER-USER do not see what containers of one Weft network send each other: it goes past iptables", v.status.UserRules),
+			Remedy: "if they should, create the networks with -o fastpath=false"})
+	}
 	if v.status.IPTables == "legacy" && !v.xtablesShared {
 		add("echo 'f /run/xtables.lock 0600' > /etc/tmpfiles.d/xtables.conf && systemd-tmpfiles --create && docker plugin disable -f weft:latest && docker plugin set weft:latest xtables.source=/run/xtables.lock && docker plugin enable weft:latest",
 			"iptables is legacy, and its lock is not shared with the host: rules that Docker and Weft write at the same moment can get lost")

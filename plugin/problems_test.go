@@ -16,7 +16,7 @@ import (
 func TestProblemsAreSaidInWords(t *testing.T) {
 	at := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 	well := func() view {
-		return view{xtablesShared: true, status: statusReply{Encrypted: true, IPTables: "nft", Underlay: underlayReply{Address: netip.MustParseAddr("192.0.2.1")}}}
+		return view{xtablesShared: true, status: statusReply{Encrypted: true, IPTables: "nft", Program: "on", Underlay: underlayReply{Address: netip.MustParseAddr("192.0.2.1")}}}
 	}
 	peer := func(change func(*peerReply)) []peerReply {
 		p := peerReply{Alive: true, Peer: store.Peer{Host: store.Host{Name: "beta", Address: netip.MustParseAddr("192.0.2.2")}}}
@@ -85,6 +85,8 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"no key", func(v *view) {
 			v.status.Join, v.status.Encrypted, v.peers = []string{"a:1"}, false, peer(func(*peerReply) {})
 		}, "no key is set", true},
+		{"no program", func(v *view) { v.status.Program = "off: load the port program: operation not permitted" }, "the port program is off: load the port program: operation not permitted", true},
+		{"rules of the admin", func(v *view) { v.status.UserRules, v.networks = 2, []networkReply{{}} }, "2 rules in DOCKER-USER do not see", true},
 		{"lock", func(v *view) { v.status.IPTables, v.xtablesShared = "legacy", false }, "xtables.source=/run/xtables.lock", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {

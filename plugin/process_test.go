@@ -144,7 +144,7 @@ func TestProcess(t *testing.T) {
 		name string
 		run  func(*testing.T, string)
 	}{
-		{"keeps two capabilities", keepsTwoCapabilities},
+		{"keeps three capabilities", keepsThreeCapabilities},
 		{"rebuilds a damaged database", rebuildsADamagedDatabase},
 		{"survives what it cannot open", survivesWhatItCannotOpen},
 		{"serves with wrong settings", servesWithWrongSettings},
@@ -156,7 +156,7 @@ func TestProcess(t *testing.T) {
 	}
 }
 
-func keepsTwoCapabilities(t *testing.T, program string) {
+func keepsThreeCapabilities(t *testing.T, program string) {
 	for _, backend := range []string{"nft", "legacy"} {
 		t.Run(backend, func(t *testing.T) {
 			kerneltest.Netns(t)
@@ -190,16 +190,16 @@ func keepsTwoCapabilities(t *testing.T, program string) {
 	}
 }
 
-// checkCapabilities reads the sets of every thread: 0x3000 is NET_ADMIN and
-// NET_RAW.
+// checkCapabilities reads the sets of every thread: 0x3000 is NET_ADMIN and NET_RAW,
+// 1<<39 is BPF.
 func checkCapabilities(t *testing.T, pid int) {
 	t.Helper()
 	paths, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 	if err != nil || len(paths) == 0 {
 		t.Fatalf("no threads: %v", err)
 	}
-	want := map[string]string{"CapInh": "0000000000000000", "CapPrm": "0000000000003000", "CapEff": "0000000000003000",
-		"CapBnd": "0000000000003000", "CapAmb": "0000000000000000", "NoNewPrivs": "1"}
+	want := map[string]string{"CapInh": "0000000000000000", "CapPrm": "0000008000003000", "CapEff": "0000008000003000",
+		"CapBnd": "0000008000003000", "CapAmb": "0000000000000000", "NoNewPrivs": "1"}
 	for _, path := range paths {
 		raw, err := os.ReadFile(path)
 		if errors.Is(err, os.ErrNotExist) {

@@ -40,6 +40,7 @@ type places struct {
 	run    string // of the sockets
 	state  string // of database and host key
 	sysnet string // where the host's /proc/sys/net can be written
+	bpf    string // bpf file system, where maps outlive the process
 }
 
 // process is what the tasks share. The fields do not change.
@@ -52,6 +53,7 @@ type process struct {
 	journal *journal
 	swarm   *discovery
 	term    *term
+	program *kernel.Program
 	started time.Time
 }
 
@@ -64,8 +66,10 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	flags.SetOutput(errOut)
 	flags.StringVar(&p.places.run, "run-dir", "/run/docker/plugins", "folder of the sockets")
 	flags.StringVar(&p.places.state, "state-dir", "/var/lib/weft", "folder of database and host key")
+	flags.StringVar(&p.places.bpf, "bpf", "/run/weft/bpf", "bpf file system, where the port program's maps outlive the process")
 	flags.StringVar(&p.places.sysnet, "sysnet", "/run/weft/sysnet", "where the host's /proc/sys/net can be written")
-	inherit := flags.Bool(inheritFlag, false, "the sockets are open already, as file descriptors 3 and 4")
+	inherit := flags.Bool(inheritFlag, false, "the sockets are open already, as file descriptors 3 and 4, and the port program from 5 on")
+	noProgram := flags.String(noProgramFlag, "", "why the port program is not loaded")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -79,10 +83,15 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 		return err
 	}
 	if !*inherit {
+		program := p.loadProgram()
+		defer program.Close()
 		if err := dropPrivileges(); err != nil { // the child's too
 			p.log.Error("privileges were not dropped", "err", err)
 		}
-		return errors.Join(keepChild(args, docker, admin, p.log), docker.Close(), admin.Close())
+		return errors.Join(keepChild(args, docker, admin, program, p.log), docker.Close(), admin.Close())
+	}
+	if p.program = kernel.NoProgram(*noProgram); *noProgram == "" {
+		p.program = kernel.InheritProgram(firstProgramFile, p.places.bpf)
 	}
 	useFailPoints(p.places.state)
 	// Most of the heap is what the cluster has, which stays: collecting at half of the
@@ -120,6 +129,22 @@ func dropTime(groups []string, a slog.Attr) slog.Attr {
 		return slog.Attr{}
 	}
 	return a
+}
+
+// switchedOff is why the port program is off when it is meant to be.
+const switchedOff = "switched off by WEFT_PROGRAM=off"
+
+// loadProgram loads the port program, for the child too: that takes privileges which
+// nothing else does.
+func (p *process) loadProgram() *kernel.Program {
+	if p.set.program == "off" {
+		return kernel.NoProgram(switchedOff)
+	}
+	program := kernel.LoadProgram(p.places.bpf)
+	if err := program.Err(); err != nil {
+		p.log.Warn("networks do without the port program", "err", err)
+	}
+	return program
 }
 
 // errStopped ends the servers when the process was told to end.
@@ -221,7 +246,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	}
 	p.gate.at("reading the kernel")
 	k, err := kernel.New(kernel.Config{Backend: p.set.iptables, Checksum: p.set.checksum, SysNet: p.sysnet(),
-		WireGuard: p.set.wireguard, WireGuardKey: keys.private, Log: p.log})
+		WireGuard: p.set.wireguard, WireGuardKey: keys.private, Program: p.program, Log: p.log})
 	if err != nil {
 		return fmt.Errorf("kernel: %w", err)
 	}

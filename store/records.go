@@ -178,7 +178,13 @@ type Network struct {
 	// GatewayWeft: Weft leads out of the network, not Docker; always so if it is routed.
 	GatewayWeft bool `json:"gatewayWeft,omitempty"`
 	// NoMasquerade: what leaves a network whose gateway is ours keeps its address.
-	NoMasquerade bool              `json:"noMasquerade,omitempty"`
+	NoMasquerade bool `json:"noMasquerade,omitempty"`
+	// Unguarded: endpoints may send from any address, and as a router or bridge.
+	Unguarded bool `json:"unguarded,omitempty"`
+	// SlowPath: all packets go through the host's stack.
+	SlowPath bool `json:"slowPath,omitempty"`
+	// AnyEthertype: guarded endpoints may send frames that are not IP or ARP.
+	AnyEthertype bool              `json:"anyEthertype,omitempty"`
 	Ifname       string            `json:"ifname,omitempty"`  // prefix of the interface name in containers
 	Options      map[string]string `json:"options,omitempty"` // the -o options as given
 	Meet         []netip.Addr      `json:"meet,omitempty"`    // hosts to meet

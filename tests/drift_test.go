@@ -34,6 +34,7 @@ func TestDriftIsRepaired(t *testing.T) {
 			if all {
 				t.Run("links", d.links)
 				t.Run("entries", d.entries)
+				t.Run("program", d.program)
 			}
 			reach(t, d.one, "10.32.2.10")
 			reach(t, d.two, "fd00:32::a")
@@ -106,10 +107,12 @@ var keptParts = map[string]string{
 	"links": `cd /sys/class/net; for l in weft*; do
 		echo $l $(cat $l/ifalias $l/mtu $l/address $l/flags) $(readlink $l/master) $(cat $l/brport/learning $l/brport/neigh_suppress 2>/dev/null)
 	done`,
+	"program": `for m in settings ports dests peers; do bpftool map dump pinned /sys/fs/bpf/weft-*/weft_$m; done
+		for l in weftv eth; do for d in $(cd /sys/class/net; ls -d $l*); do tc filter show dev $d ingress; done; done`,
 	"sysctls": "cd /proc/sys/net; grep . ipv4/conf/%B/rp_filter ipv4/conf/%B/arp_ignore ipv6/conf/%B/disable_ipv6",
 }
 
-const everyPart = "rules rules6 sets entries links sysctls"
+const everyPart = "rules rules6 sets entries links sysctls program"
 
 // kept lists what the plugin keeps on the host, and what a repair must bring back:
 // the parts named, since each costs processes.
@@ -164,8 +167,9 @@ func (d *drift) repairs(t *testing.T, parts string, commands ...string) {
 	for deadline := time.Now().Add(2 * time.Second); d.said(t) == said && time.Now().Before(deadline); {
 		pause(t, 20*time.Millisecond)
 	}
-	// One look may fall between the families.
-	if n := d.said(t) - said; n < 1 || n > max(len(commands), strings.Count(parts, "rules")) {
+	// One look may fall between the families, or while a map is cleared.
+	most := max(len(commands), strings.Count(parts, "rules"), 4*strings.Count(parts, "program"))
+	if n := d.said(t) - said; n < 1 || n > most {
 		t.Errorf("%s: the log tells of %d repairs, want 1:\n%s", what, n, logEnd(d.h, 5))
 	}
 }
@@ -315,6 +319,20 @@ func (d *drift) entries(t *testing.T) {
 		d.repairs(t, "entries", c)
 	}
 	reach(t, d.one, "10.32.2.10")
+}
+
+// program takes the port program off its links, and clears its maps.
+func (d *drift) program(t *testing.T) {
+	for _, link := range []string{d.veth, "eth0"} {
+		d.repairs(t, "program", "tc filter del dev "+link+" ingress")
+		d.repairs(t, "program", "tc qdisc del dev "+link+" clsact")
+	}
+	const keys = `bpftool -j map dump pinned $m | tr '{' '\n' | sed -n 's/^"key":\[\([^]]*\)\].*/\1/p' | tr -d '"'`
+	for _, name := range []string{"ports", "dests", "peers"} {
+		d.repairs(t, "program", "m=$(ls -d /sys/fs/bpf/weft-*/weft_"+name+"); for k in $("+keys+"); do bpftool map delete pinned $m key $(echo $k | tr , ' '); done")
+	}
+	reach(t, d.one, "10.32.2.10")
+	reach(t, d.two, "10.32.1.10")
 }
 
 // audited changes on the other host, all at once, what the kernel tells nobody of:

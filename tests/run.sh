@@ -31,6 +31,12 @@ if [ "$what" = test ] || [ "$what" = soak ]; then
 	need nft nftables
 	need qemu-system-x86_64 qemu-system-x86
 	need /usr/include/stdlib.h libc6-dev
+	# The port program is compiled again, and compared.
+	need clang clang
+	need bpftool bpftool
+	need tc iproute2
+	need llvm-strip llvm
+	need /usr/include/bpf/bpf_helpers.h libbpf-dev
 fi
 # busybox without -static would not run in an empty container.
 dpkg -s busybox-static >/dev/null 2>&1 || missing+=(busybox-static)

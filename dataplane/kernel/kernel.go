@@ -12,6 +12,8 @@
 //	router.go    what makes a link a router's port
 //	route.go     routes of our table and the rules that lead to it
 //	tunnel.go    WireGuard devices and their peers; userspace.go those of this process
+//	program.go   the port program (bpf/); filter.go where it stands; port.go, dest.go and
+//	             counters.go what it knows and tells; programmap.go its maps
 //	entry.go     forwarding entries and neighbours
 //	set.go       sets
 //	rules.go     chains and jumps as iptables-save tells them; restore.go writes them
@@ -54,6 +56,7 @@ type Config struct {
 	WireGuard string
 	// WireGuardKey returns the private key of a public one of this host. nil: it has none.
 	WireGuardKey func(public store.WGKey) (private store.WGKey, ok bool)
+	Program      *Program     // nil: networks do without
 	Log          *slog.Logger // default: slog.Default()
 }
 
@@ -77,6 +80,7 @@ type Kernel struct {
 	// noSysctl: a failed write was logged.
 	noSysctl atomic.Bool
 	tunnels  tunnels
+	program  *Program
 }
 
 // New opens the kernel of the calling thread's network namespace. It fails when
@@ -90,7 +94,7 @@ func New(cfg Config) (_ *Kernel, err error) {
 	if !slices.Contains([]string{"auto", "on", "off"}, cfg.Checksum) {
 		return nil, fmt.Errorf("checksum offload %q is not known; use auto, on or off", cfg.Checksum)
 	}
-	k := &Kernel{cfg: cfg, log: cfg.Log, tunnels: tunnels{own: map[string]*ownDevice{}}}
+	k := &Kernel{cfg: cfg, log: cfg.Log, program: cmp.Or(cfg.Program, NoProgram("not asked for")), tunnels: tunnels{own: map[string]*ownDevice{}}}
 	defer func() {
 		if err != nil {
 			k.Close()
@@ -156,6 +160,14 @@ func (k *Kernel) Close() {
 // the first Read of the host.
 func (k *Kernel) Backend() string { return k.rules.name() }
 
+// UserRules returns how many rules the host's admin has put into DOCKER-USER, as of the
+// last Read of the host.
+func (k *Kernel) UserRules() int {
+	k.rules.mu.Lock()
+	defer k.rules.mu.Unlock()
+	return k.rules.users
+}
+
 // Read implements dataplane.Kernel.
 func (k *Kernel) Read(ctx context.Context, v store.VNI) (dataplane.Plan, error) {
 	if err := ctx.Err(); err != nil {
@@ -182,6 +194,9 @@ func (k *Kernel) Read(ctx context.Context, v store.VNI) (dataplane.Plan, error) 
 	if err := k.readRoutes(p, names, v); err != nil {
 		return nil, err
 	}
+	if err := k.readDests(p, names, v); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -199,6 +214,9 @@ func (k *Kernel) readHost(ctx context.Context) (dataplane.Plan, error) {
 	if err := k.readTunnels(p); err != nil {
 		return nil, err
 	}
+	if err := k.readProgram(p); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -212,6 +230,7 @@ const (
 	classLinkGone
 	classRoute
 	classEntry
+	classDest
 )
 
 func classOf(o dataplane.Op) class {
@@ -224,7 +243,9 @@ func classOf(o dataplane.Op) class {
 		return classRoute
 	case dataplane.Neigh, dataplane.FDB:
 		return classEntry
-	case dataplane.RouteRule, dataplane.TunnelPeer:
+	case dataplane.Dest:
+		return classDest
+	case dataplane.RouteRule, dataplane.TunnelPeer, dataplane.Program:
 		return classSet
 	}
 	if o.Verb == dataplane.Delete {
@@ -267,7 +288,7 @@ func failPoint(verb dataplane.Verb, kind dataplane.Kind) string {
 func FailPoints() []string {
 	var out []string
 	for _, verb := range []dataplane.Verb{dataplane.Put, dataplane.Delete} {
-		for kind := dataplane.KindSet; kind <= dataplane.KindFDB; kind++ {
+		for kind := dataplane.KindSet; kind <= dataplane.KindDest; kind++ {
 			out = append(out, failPoint(verb, kind))
 		}
 	}
@@ -290,6 +311,8 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 		return k.applyRoutes(ops)
 	case classEntry:
 		return k.applyEntries(ops, later)
+	case classDest:
+		return k.applyDests(ops)
 	}
 	for i, op := range ops {
 		if errs[i] = ctx.Err(); errs[i] != nil {
@@ -304,6 +327,12 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 			errs[i] = k.putTunnel(o)
 		case dataplane.TunnelPeer:
 			errs[i] = k.applyPeer(op, o)
+		case dataplane.Program:
+			if op.Verb == dataplane.Delete {
+				errs[i] = k.deleteProgram()
+			} else {
+				errs[i] = k.putProgram(o)
+			}
 		case dataplane.Bridge:
 			errs[i] = k.putBridge(o)
 		case dataplane.VXLAN:
@@ -350,6 +379,13 @@ func (k *Kernel) Networks(ctx context.Context) ([]store.VNI, error) {
 		if !r.odd {
 			out = append(out, store.VNI(r.metric))
 		}
+	}
+	if k.program.err == nil {
+		known, err := k.program.networks()
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, known...)
 	}
 	slices.Sort(out)
 	return slices.Compact(out), nil

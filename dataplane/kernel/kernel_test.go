@@ -21,6 +21,11 @@ func newKernel(t testing.TB, cfg kernel.Config) *kernel.Kernel {
 // open returns the kernel of the calling thread's namespace, until the test ends.
 func open(t testing.TB, cfg kernel.Config) *kernel.Kernel {
 	t.Helper()
+	cfg.Program = kernel.LoadProgram("")
+	if err := cfg.Program.Err(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(cfg.Program.Close)
 	cfg.Log, cfg.WireGuardKey = slog.New(slog.NewTextHandler(t.Output(), nil)), kerneltest.WireGuardKey
 	k, err := kernel.New(cfg)
 	if err != nil {

@@ -298,6 +298,11 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
 				r.On = r.On && l.mac == dataplane.RouterMAC
 				o.Router = r
 			}
+			port, err := k.readPort(l)
+			if err != nil {
+				return err
+			}
+			o.Program = port
 			p.Add(o)
 		}
 	}

@@ -41,6 +41,8 @@ type ruler struct {
 	// seen are our rules at the last look, of Read or of Watch; nil after they
 	// were changed by us. Watch tells what differs.
 	seen dataplane.Plan
+	// users counts the rules of DOCKER-USER at the last look.
+	users int
 	// noV6 holds v6 objects that were put on a host whose kernel has IPv6
 	// off. There is nothing to guard there, so they count as done.
 	noV6 dataplane.Plan
@@ -226,6 +228,7 @@ func (r *ruler) read(ctx context.Context, p dataplane.Plan) error {
 // readLocked returns the chains and jumps of ours in the backend in use.
 func (r *ruler) readLocked(ctx context.Context) (dataplane.Plan, error) {
 	p := dataplane.Plan{}
+	r.users = 0
 	for _, v6 := range []bool{false, true} {
 		if v6 && r.ipv6Off() {
 			continue
@@ -235,6 +238,11 @@ func (r *ruler) readLocked(ctx context.Context) (dataplane.Plan, error) {
 			return nil, err
 		}
 		rs.add(p, v6)
+		for _, rule := range rs["filter"]["DOCKER-USER"] {
+			if rule.spec != "-j RETURN" {
+				r.users++
+			}
+		}
 	}
 	return p, nil
 }

@@ -49,10 +49,10 @@ func (k *Kernel) Underlay(ctx context.Context, want netip.Addr) (dataplane.Under
 		reason = fmt.Sprintf("link %s of address %s is down", links[at].name, addr)
 	}
 	if reason != "" {
-		return dataplane.Underlay{Reason: reason}, nil
+		return dataplane.Underlay{Reason: reason, Program: k.program.err == nil}, nil
 	}
 	l := links[at]
-	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu}
+	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu, Program: k.program.err == nil}
 	all, err := k.addresses()
 	if err != nil {
 		return dataplane.Underlay{}, err

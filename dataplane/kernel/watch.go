@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/store"
@@ -32,9 +33,10 @@ func (k *Kernel) Watch(ctx context.Context) <-chan store.VNI {
 	out := make(chan store.VNI)
 	w.listen(ctx, unix.NETLINK_ROUTE, w.routeEvent, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR,
 		unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
-		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE)
+		unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE, unix.RTNLGRP_TC)
 	w.listen(ctx, unix.NETLINK_NETFILTER, ruleEvent, unix.NFNLGRP_NFTABLES)
 	go w.pollLegacy(ctx)
+	go w.pollProgram(ctx)
 	go w.collect(ctx, out)
 	return out
 }
@@ -210,6 +212,14 @@ func (w *watch) routeEvent(m message) []store.VNI {
 		if len(m.data) >= unix.SizeofRtMsg && m.data[1] == 0 && m.data[4] == unix.RT_TABLE_MAIN {
 			return []store.VNI{store.HostVNI}
 		}
+	case unix.RTM_NEWTFILTER, unix.RTM_DELTFILTER, unix.RTM_NEWQDISC, unix.RTM_DELQDISC:
+		if len(m.data) >= nl.SizeofTcMsg {
+			index := int32(binary.NativeEndian.Uint32(m.data[4:]))
+			if index == w.k.underlay.Load() {
+				return []store.VNI{store.HostVNI}
+			}
+			return w.of(index)
+		}
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		return []store.VNI{store.HostVNI}
 	case unix.RTM_NEWNETCONF:
@@ -336,6 +346,29 @@ func (w *watch) pollLegacy(ctx context.Context) {
 		}
 		if changed, err := w.k.rules.changed(ctx); err == nil && changed { // of an error the next Read tells
 			w.send(store.HostVNI)
+		}
+	}
+}
+
+// pollProgram looks whether somebody cleared a map of the port program, of which the
+// kernel tells nobody.
+func (w *watch) pollProgram(ctx context.Context) {
+	if w.k.program.err != nil {
+		return
+	}
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for again := 0; ; again-- {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if p := w.k.program; p.used.Load() && (p.cleared.Swap(false) || !p.canaries()) {
+			again = 2 // whoever clears a map may need a while
+		}
+		if again > 0 {
+			w.all(ctx)
 		}
 	}
 }

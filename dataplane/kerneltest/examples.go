@@ -55,6 +55,8 @@ func Examples() []Example {
 	under6 := dataplane.Underlay{Address: Underlay6, Link: UnderlayLink, MTU: UnderlayMTU}
 	wide4, wide6 := under4, under6 // all peers are on the link
 	wide4.Prefix, wide6.Prefix = netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")
+	prog4, progWide := under4, wide4
+	prog4.Program, progWide.Program = true, true
 	v4, v6 := "10.1.0.0/24", "fd00:1::/64"
 	noCheck := under4
 	noCheck.NoChecksum, noCheck.Reason = true, "as the test has it"
@@ -81,6 +83,8 @@ func Examples() []Example {
 		{"routed, no endpoints", Routed(Network(4111, 0, 0, 0, wide4, v4)), wide4},
 		{"own gateway", Led(Network(4117, 2, 2, 2, under4, v4)), under4},
 		{"own gateway, dual stack", Led(Network(4118, 2, 2, 2, under4, v4, v6)), under4},
+		{"program", Network(4119, 2, 2, 2, prog4, v4, v6), prog4},
+		{"program, routed", Routed(Network(4120, 2, 2, 2, progWide, v4)), progWide},
 		{"encrypted", Encrypted(Network(4112, 2, 2, 3, under4, v4), 1), under4},
 		{"encrypted, routed, dual stack", Encrypted(Routed(Network(4113, 2, 2, 2, under4, v4, v6)), 1), under4},
 		{"encrypted, ipv6 underlay", Encrypted(Network(4114, 1, 2, 2, under6, v6), 1), under6},

@@ -140,7 +140,8 @@ func (m *Memory) networks() []store.VNI {
 	all := map[store.VNI]bool{}
 	for k, o := range m.objects {
 		_, route := o.(dataplane.Route)
-		if (isLink(k.Kind) && k.Kind != dataplane.KindWireGuard || route) && !m.foreign[k] {
+		_, dest := o.(dataplane.Dest)
+		if (isLink(k.Kind) && k.Kind != dataplane.KindWireGuard || route || dest) && !m.foreign[k] {
 			all[m.network(o)] = true
 		}
 	}
@@ -265,6 +266,10 @@ func (m *Memory) refuse(o dataplane.Object) error {
 		if o.Master && bridge == "" {
 			return fmt.Errorf("link %s is no port of a bridge", o.Link)
 		}
+	case dataplane.Dest:
+		if _, there := m.port(o.Link); o.Link != "" && !there {
+			return fmt.Errorf("link %s: no such link", o.Link)
+		}
 	case dataplane.Chain:
 		for _, set := range setsOf(o) {
 			if _, there := m.objects[dataplane.Key{Kind: dataplane.KindSet, Name: set}]; !there {
@@ -354,6 +359,11 @@ func (m *Memory) remove(k dataplane.Key) error {
 				}
 			}
 			m.objects[key] = other
+		case dataplane.Dest:
+			if k.Kind == dataplane.KindVeth && other.Link == k.Name {
+				other.Link = ""
+				m.objects[key] = other
+			}
 		case dataplane.TunnelPeer:
 			if k.Kind == dataplane.KindWireGuard && other.Device == k.Name {
 				delete(m.objects, key)
@@ -403,6 +413,8 @@ func (m *Memory) network(o dataplane.Object) store.VNI {
 	case dataplane.Veth:
 		alias = o.Alias
 	case dataplane.Route:
+		return o.VNI
+	case dataplane.Dest:
 		return o.VNI
 	case dataplane.Neigh:
 		return m.networkOf(o.Link)

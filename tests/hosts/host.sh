@@ -11,6 +11,7 @@ hostname "$2"
 mkdir -p "$dir/cgroup"
 mount --rbind /sys/fs/cgroup "$dir/cgroup"
 mount -t sysfs sysfs /sys
+mount -t bpf bpf /sys/fs/bpf
 mount --rbind "$dir/cgroup" /sys/fs/cgroup
 umount -l "$dir/cgroup"
 rmdir "$dir/cgroup"

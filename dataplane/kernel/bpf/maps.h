@@ -1,0 +1,126 @@
+/* What the plugin tells the programs and what they tell it. Layouts are read by
+ * bpf2go: keep every struct free of padding. All addresses are in network order. */
+#pragma once
+
+#include <linux/bpf.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define MAX_PORTS 16384   /* endpoints of this host */
+#define MAX_DESTS 262144  /* addresses of endpoints, of all hosts */
+#define MAX_PEERS 16384
+#define PINNED 1          /* LIBBPF_PIN_BY_NAME: the next process goes on with it */
+
+/* addr is an IPv6 address, or an IPv4 one mapped into it (RFC 4291, 2.5.5.2). */
+struct addr {
+	__u32 w[4];
+};
+
+/* settings of this host; one, at index 0. */
+struct settings {
+	__u32 self;     /* IPv4 address on the underlay, or 0 */
+	__u32 underlay; /* index of its link */
+	__u16 port;     /* UDP port of VXLAN */
+	__u16 flags;
+};
+#define HAS_ROUTED 1 /* look at arriving packets that are not VXLAN too */
+
+/* port is an endpoint of this host, by the index of the host's side of its link. */
+struct port {
+	__u32 vni;
+	__u32 ip4; /* 0: none */
+	struct addr ip6;
+	__u8 mac[6];
+	__u16 flags;
+};
+#define PORT_GUARD 1  /* only its own addresses, no announcements of others' */
+#define PORT_OTHER 2  /* ethertypes other than IPv4, IPv6 and ARP pass the guard */
+#define PORT_FAST 4   /* known destinations are reached past the host's stack */
+#define PORT_ROUTED 8 /* the host is the next hop of every packet */
+
+/* dest_key names a destination: in a bridged network by MAC, in a routed one by
+ * address; those networks do not overlap, so they share number 0. */
+struct dest_key {
+	__u32 vni;
+	struct addr at;
+};
+
+struct dest {
+	__u32 vni;
+	__u32 link; /* host's side of a local endpoint's link, or 0 */
+	__u32 peer; /* else the IPv4 underlay address of its host */
+	__u8 mac[6];
+	__u16 flags;
+};
+#define DEST_STACK 1  /* the host's stack must see its packets: something is translated */
+#define DEST_DIRECT 2 /* routed: the peer is on the underlay's link */
+
+/* counters of one port. */
+#define REASONS 16
+struct counters {
+	__u64 dropped[REASONS];
+	__u64 fast;
+	__u64 slow;
+};
+
+/* Why the guard dropped a frame; dataplane/kernel/program.go has the words. */
+enum reason {
+	PASS,
+	DROP_SHORT,
+	DROP_MAC,
+	DROP_IP4,
+	DROP_IP6,
+	DROP_ARP,
+	DROP_ND,
+	DROP_RA,
+	DROP_DHCP,
+	DROP_BRIDGE,
+	DROP_VLAN,
+	DROP_TYPE,
+	DROP_HEADERS,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+	__uint(pinning, PINNED);
+} weft_settings SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PORTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct port);
+	__uint(pinning, PINNED);
+} weft_ports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_DESTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct dest_key);
+	__type(value, struct dest);
+	__uint(pinning, PINNED);
+} weft_dests SEC(".maps");
+
+/* weft_peers holds the hosts from which VXLAN is taken. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PEERS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, __u32);
+	__uint(pinning, PINNED);
+} weft_peers SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(max_entries, MAX_PORTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct counters);
+	__uint(pinning, PINNED);
+} weft_counters SEC(".maps");

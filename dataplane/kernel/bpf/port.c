@@ -1,0 +1,304 @@
+//go:build ignore
+
+/* The port program. from_container runs on the host's side of every endpoint's link,
+ * from_underlay on the link that leads to the other hosts; both as tc filters on
+ * ingress. What they do not know, or what is not plain, they leave to the bridge, the
+ * routes and the rules, which are complete without them. */
+#include "guard.h"
+#include <linux/pkt_cls.h>
+
+/* send_to sends the packet out of a link to a neighbour there. */
+static __always_inline int send_to(__u32 link, __u32 neighbour)
+{
+	struct bpf_redir_neigh hop;
+
+	__builtin_memset(&hop, 0, sizeof(hop)); /* an initializer leaves a part of the union */
+	hop.nh_family = 2; /* AF_INET */
+	hop.ipv4_nh = neighbour;
+	return bpf_redirect_neigh(link, &hop, sizeof(hop), 0);
+}
+
+static __always_inline int encapsulate(struct __sk_buff *skb, const struct settings *s, const struct port *p, const struct dest *d)
+{
+	__u32 hash = bpf_get_hash_recalc(skb), len = skb->len, mtu = 0;
+	struct tunnel t = {};
+	struct eth eth;
+	__u8 tos = 0;
+	__u32 sum = 0;
+	__u16 *w = (__u16 *)&t.ip;
+	int i;
+
+	if (bpf_check_mtu(skb, s->underlay, &mtu, sizeof(t), 0))
+		return TC_ACT_UNSPEC;
+	if (bpf_skb_load_bytes(skb, 0, &t.eth, sizeof(t.eth)))
+		return TC_ACT_UNSPEC;
+	if (t.eth.type == ETH_IP4) {
+		if (bpf_skb_load_bytes(skb, sizeof(eth) + 1, &tos, 1))
+			return TC_ACT_UNSPEC;
+	} else {
+		__be16 class;
+
+		if (bpf_skb_load_bytes(skb, sizeof(eth), &class, 2))
+			return TC_ACT_UNSPEC;
+		tos = bpf_ntohs(class) >> 4;
+	}
+	if (bpf_skb_adjust_room(skb, sizeof(t), BPF_ADJ_ROOM_MAC,
+				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
+					BPF_F_ADJ_ROOM_ENCAP_L2(sizeof(eth)) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
+		return TC_ACT_UNSPEC;
+	t.ip.version_ihl = 0x45;
+	t.ip.tos = tos & 3; /* congestion is told on; the rest is the container's (RFC 6040) */
+	t.ip.len = bpf_htons(len + sizeof(t) - sizeof(eth));
+	t.ip.id = (__u16)bpf_get_prandom_u32();
+	t.ip.ttl = 64;
+	t.ip.next = NEXT_UDP;
+	t.ip.src = s->self;
+	t.ip.dst = d->peer;
+#pragma unroll
+	for (i = 0; i < (int)sizeof(t.ip) / 2; i++)
+		sum += w[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	t.ip.sum = ~(__u16)((sum & 0xffff) + (sum >> 16));
+	t.udp.src = bpf_htons(0xc000 | (hash & 0x3fff));
+	t.udp.dst = s->port;
+	t.udp.len = bpf_htons(len + sizeof(t) - sizeof(eth) - sizeof(t.ip));
+	t.vxlan.flags = VXLAN_VNI;
+	t.vxlan.vni = bpf_htonl(p->vni << 8);
+	if (bpf_skb_store_bytes(skb, sizeof(eth), &t, sizeof(t), 0))
+		return TC_ACT_SHOT; /* the frame is half made */
+	eth.type = ETH_IP4;
+	if (bpf_skb_store_bytes(skb, 12, &eth.type, 2, 0))
+		return TC_ACT_SHOT;
+	if (d->flags & DEST_DIRECT)
+		return send_to(s->underlay, d->peer);
+	return bpf_redirect_neigh(s->underlay, 0, 0, 0);
+}
+
+/* age takes one from the packet's time to live, as each router does. Zero: nothing is
+ * left, or the headers are not plain. */
+static __always_inline int age(struct __sk_buff *skb, __be16 type)
+{
+	if (type == ETH_IP4) {
+		struct ip4 *ip = at(skb, sizeof(struct eth));
+		__u32 sum;
+
+		if (!holds(skb, ip, sizeof(*ip)) || ip->ttl <= 1)
+			return 0;
+		sum = ip->sum + (__u32)bpf_htons(0x0100); /* RFC 1141 */
+		ip->sum = (__u16)(sum + (sum >> 16));
+		ip->ttl--;
+		return 1;
+	}
+	struct ip6 *ip = at(skb, sizeof(struct eth));
+
+	if (!holds(skb, ip, sizeof(*ip)) || ip->hops <= 1)
+		return 0;
+	ip->hops--;
+	return 1;
+}
+
+/* route_to hands a packet to a local endpoint of a routed network. */
+static __always_inline int route_to(struct __sk_buff *skb, __be16 type, const struct dest *d)
+{
+	struct eth *eth = at(skb, 0);
+
+	if (!holds(skb, eth, sizeof(*eth)) || !age(skb, type))
+		return TC_ACT_UNSPEC;
+	eth = at(skb, 0);
+	if (!holds(skb, eth, sizeof(*eth)))
+		return TC_ACT_SHOT;
+	__builtin_memcpy(eth->dst, d->mac, 6);
+	__builtin_memset(eth->src, 0xee, 6); /* RouterMAC */
+	return bpf_redirect_peer(d->link, 0);
+}
+
+/* plain reports whether the packet behind the Ethernet header is IP in one piece without
+ * options, and where it goes. */
+static __always_inline int plain(struct __sk_buff *skb, __be16 type, struct addr *src, struct addr *dst)
+{
+	if (type == ETH_IP4) {
+		struct ip4 *ip = at(skb, sizeof(struct eth));
+
+		if (!holds(skb, ip, sizeof(*ip)) || ip->version_ihl != 0x45 || (ip->frag & IP4_PART))
+			return 0;
+		map_ip4(src, ip->src);
+		map_ip4(dst, ip->dst);
+		return 1;
+	}
+	if (type == ETH_IP6) {
+		struct ip6 *ip = at(skb, sizeof(struct eth));
+
+		if (!holds(skb, ip, sizeof(*ip)))
+			return 0;
+		if (ip->next != NEXT_TCP && ip->next != NEXT_UDP && ip->next != NEXT_ICMP6)
+			return 0;
+		*src = ip->src;
+		*dst = ip->dst;
+		return 1;
+	}
+	return 0;
+}
+
+static __always_inline struct dest *dest_of(__u32 vni, const struct addr *a)
+{
+	struct dest_key k = { .vni = vni, .at = *a };
+
+	return bpf_map_lookup_elem(&weft_dests, &k);
+}
+
+static __always_inline struct dest *dest_of_mac(__u32 vni, const __u8 *mac)
+{
+	struct dest_key k = { .vni = vni };
+
+	__builtin_memcpy(&k.at, mac, 6);
+	return bpf_map_lookup_elem(&weft_dests, &k);
+}
+
+static __always_inline struct settings *host(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&weft_settings, &zero);
+}
+
+/* forward takes a frame of an endpoint to where it goes, or leaves it to the stack. */
+static __always_inline int forward(struct __sk_buff *skb, const struct port *p)
+{
+	struct settings *s = host();
+	struct addr src, dst;
+	struct eth *eth = at(skb, 0);
+	struct dest *d;
+	__be16 type;
+
+	if (!s || !holds(skb, eth, sizeof(*eth)))
+		return TC_ACT_UNSPEC;
+	type = eth->type;
+	if (!(p->flags & PORT_ROUTED)) {
+		if (eth->dst[0] & 1)
+			return TC_ACT_UNSPEC;
+		d = dest_of_mac(p->vni, eth->dst);
+		if (!d || (d->flags & DEST_STACK))
+			return TC_ACT_UNSPEC;
+		if (d->link)
+			return bpf_redirect_peer(d->link, 0);
+		if (!d->peer || !s->self || !plain(skb, type, &src, &dst))
+			return TC_ACT_UNSPEC;
+		return encapsulate(skb, s, p, d);
+	}
+	if (!plain(skb, type, &src, &dst))
+		return TC_ACT_UNSPEC;
+	d = dest_of(0, &dst);
+	if (!d || d->vni != p->vni || (d->flags & DEST_STACK))
+		return TC_ACT_UNSPEC;
+	if (d->link)
+		return route_to(skb, type, d);
+	if ((d->flags & DEST_DIRECT) && type == ETH_IP4) {
+		__u32 mtu = 0;
+
+		if (bpf_check_mtu(skb, s->underlay, &mtu, 0, 0) || !age(skb, type))
+			return TC_ACT_UNSPEC;
+		return send_to(s->underlay, d->peer);
+	}
+	return TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int weft_from_container(struct __sk_buff *skb)
+{
+	__u32 link = skb->ifindex;
+	struct port *p = bpf_map_lookup_elem(&weft_ports, &link);
+	struct counters *c;
+	int what = TC_ACT_UNSPEC;
+
+	if (!p)
+		return TC_ACT_UNSPEC;
+	c = bpf_map_lookup_elem(&weft_counters, &link);
+	if (p->flags & PORT_GUARD) {
+		int why = guard(skb, p);
+
+		if (why != PASS) {
+			if (c)
+				c->dropped[why & (REASONS - 1)]++;
+			return TC_ACT_SHOT;
+		}
+	}
+	if (p->flags & PORT_FAST) {
+		/* Headers may lie outside of the linear part. */
+		if (!holds(skb, at(skb, 0), sizeof(struct eth) + sizeof(struct ip6)))
+			bpf_skb_pull_data(skb, 0);
+		what = forward(skb, p);
+	}
+	if (c && what == TC_ACT_UNSPEC)
+		c->slow++;
+	else if (c)
+		c->fast++;
+	return what;
+}
+
+/* arrive takes a packet of a routed network from its peer to the endpoint. */
+static __always_inline int arrive(struct __sk_buff *skb, __be16 type)
+{
+	struct addr src, dst;
+	struct dest *to, *from;
+
+	if (!plain(skb, type, &src, &dst))
+		return TC_ACT_UNSPEC;
+	to = dest_of(0, &dst);
+	if (!to || !to->link || (to->flags & DEST_STACK))
+		return TC_ACT_UNSPEC;
+	from = dest_of(0, &src);
+	if (!from || from->vni != to->vni || !(from->flags & DEST_DIRECT))
+		return TC_ACT_UNSPEC;
+	return route_to(skb, type, to);
+}
+
+SEC("tc")
+int weft_from_underlay(struct __sk_buff *skb)
+{
+	const __u32 front = sizeof(struct eth) + sizeof(struct tunnel);
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
+	struct settings *s = host();
+	struct vxlan *vxlan;
+	struct eth *eth, inner;
+	struct ip4 *ip;
+	struct udp *udp;
+	struct dest *d;
+	__u32 len;
+
+	if (!s || !s->self)
+		return TC_ACT_UNSPEC;
+	if (!holds(skb, at(skb, 0), front))
+		bpf_skb_pull_data(skb, skb->len < front ? 0 : front);
+	eth = at(skb, 0);
+	ip = at(skb, sizeof(*eth));
+	if (!holds(skb, ip, sizeof(*ip)))
+		return TC_ACT_UNSPEC;
+	if (eth->type != ETH_IP4 || ip->dst != s->self)
+		return s->flags & HAS_ROUTED ? arrive(skb, eth->type) : TC_ACT_UNSPEC;
+	if (ip->next != NEXT_UDP || ip->version_ihl != 0x45 || (ip->frag & IP4_PART) || !holds(skb, eth, front))
+		return TC_ACT_UNSPEC;
+	udp = (void *)(ip + 1);
+	vxlan = (void *)(udp + 1);
+	inner = *(struct eth *)(vxlan + 1);
+	if (udp->dst != s->port || vxlan->flags != VXLAN_VNI)
+		return TC_ACT_UNSPEC;
+	if ((ip->tos & 3) == 3 || (inner.dst[0] & 1) || (inner.type != ETH_IP4 && inner.type != ETH_IP6))
+		return TC_ACT_UNSPEC; /* congestion has to be told on (RFC 6040); the stack does */
+	len = bpf_ntohs(udp->len);
+	if (len != bpf_ntohs(ip->len) - sizeof(*ip) || (!skb->gso_size && len + sizeof(*ip) + sizeof(*eth) != skb->len))
+		return TC_ACT_UNSPEC;
+	if (skb->len < front + sizeof(*ip) || !bpf_map_lookup_elem(&weft_peers, &ip->src))
+		return TC_ACT_UNSPEC;
+	d = dest_of_mac(bpf_ntohl(vxlan->vni) >> 8, inner.dst);
+	if (!d || !d->link || (d->flags & DEST_STACK))
+		return TC_ACT_UNSPEC;
+	if (inner.type == ETH_IP6)
+		flags |= DECAP_L3_IPV6;
+	if (bpf_skb_adjust_room(skb, -(__s32)sizeof(struct tunnel), BPF_ADJ_ROOM_MAC, flags))
+		return TC_ACT_UNSPEC;
+	if (bpf_skb_store_bytes(skb, 0, &inner, sizeof(inner), 0))
+		return TC_ACT_SHOT;
+	return bpf_redirect_peer(d->link, 0);
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

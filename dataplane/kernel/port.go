@@ -1,0 +1,225 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel/bpf"
+)
+
+// canaryDest, like number 0 of the other maps, is an entry that belongs to nobody: while
+// it is there, nobody has cleared the map.
+var canaryDest = bpf.ProgramDestKey{Vni: 1<<32 - 1}
+
+// canaries reports whether all maps still have theirs.
+func (p *Program) canaries() bool {
+	var port bpf.ProgramPort
+	var d bpf.ProgramDest
+	var peer uint32
+	return p.objects.WeftPeers.Lookup(uint32(0), &peer) == nil && p.objects.WeftPorts.Lookup(uint32(0), &port) == nil && p.objects.WeftDests.Lookup(canaryDest, &d) == nil
+}
+
+// readProgram adds what of the program stands on the underlay's link to p.
+func (k *Kernel) readProgram(p dataplane.Plan) error {
+	if k.program.err != nil {
+		return nil
+	}
+	m := &k.program.objects
+	var s bpf.ProgramSettings
+	if err := m.WeftSettings.Lookup(uint32(0), &s); err != nil {
+		return fmt.Errorf("read the program's settings: %w", err)
+	}
+	ports, err := entries[uint32, bpf.ProgramPort](m.WeftPorts)
+	if err != nil {
+		return fmt.Errorf("read the program's endpoints: %w", err)
+	}
+	peers, err := entries[uint32, uint32](m.WeftPeers)
+	if err != nil {
+		return fmt.Errorf("read the program's peers: %w", err)
+	}
+	if s == (bpf.ProgramSettings{}) && len(ports)+len(peers) == 0 {
+		return nil
+	}
+	links, err := k.links()
+	if err != nil {
+		return err
+	}
+	o := dataplane.Program{Routed: s.Flags&hasRouted != 0, Port: s.Port>>8 | s.Port<<8}
+	if binary.NativeEndian.Uint16([]byte{0, 1}) == 1 {
+		o.Port = s.Port
+	}
+	if s.Self != 0 {
+		o.Address = toAddr4(s.Self)
+	}
+	there := map[uint32]bool{0: true}
+	for _, l := range links {
+		there[uint32(l.index)] = true
+		if uint32(l.index) == s.Underlay {
+			if name, err := k.filterOf(l.index); err != nil {
+				return err
+			} else if name == k.program.name[onUnderlay] {
+				o.Underlay = l.name
+			}
+		}
+	}
+	for i := range ports {
+		if !there[i] {
+			o.Stray++
+		}
+	}
+	if !k.program.canaries() {
+		k.program.cleared.Store(true)
+		o.Stray++
+	}
+	var all []string
+	delete(peers, 0) // the canary
+	for a := range peers {
+		all = append(all, toAddr4(a).String())
+	}
+	o.Peers = joinSorted(all)
+	p.Add(o)
+	return nil
+}
+
+func (k *Kernel) putProgram(o dataplane.Program) error {
+	if k.program.err != nil {
+		return k.program.err
+	}
+	m := &k.program.objects
+	s := bpf.ProgramSettings{Port: binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, o.Port))}
+	if o.Routed {
+		s.Flags |= hasRouted
+	}
+	var old bpf.ProgramSettings
+	_ = m.WeftSettings.Lookup(uint32(0), &old)
+	if o.Underlay != "" {
+		l, err := k.link(o.Underlay)
+		if err != nil {
+			return err
+		}
+		s.Underlay, s.Self = uint32(l.index), fromAddr4(o.Address)
+	}
+	if old.Underlay != 0 && old.Underlay != s.Underlay {
+		if err := k.detach(int32(old.Underlay)); err != nil {
+			return err
+		}
+	}
+	want := []uint32{0} // the canary
+	for text := range strings.SplitSeq(o.Peers, ",") {
+		if a, err := netip.ParseAddr(text); err == nil {
+			want = append(want, fromAddr4(a))
+		}
+	}
+	if err := replaceKeys(m.WeftPeers, want); err != nil {
+		return fmt.Errorf("peers: %w", err)
+	}
+	if err := m.WeftSettings.Put(uint32(0), s); err != nil {
+		return fmt.Errorf("settings: %w", err)
+	}
+	if err := errors.Join(m.WeftPorts.Put(uint32(0), bpf.ProgramPort{}), m.WeftDests.Put(canaryDest, bpf.ProgramDest{})); err != nil {
+		return err
+	}
+	k.program.used.Store(true)
+	if err := errors.Join(k.forgetStray(), k.program.pin()); err != nil {
+		return err
+	}
+	if s.Underlay == 0 {
+		return nil
+	}
+	return k.attach(int32(s.Underlay), onUnderlay)
+}
+
+// forgetStray removes what the program knows of links that are gone.
+func (k *Kernel) forgetStray() error {
+	links, err := k.links()
+	if err != nil {
+		return err
+	}
+	there := map[uint32]bool{0: true}
+	for _, l := range links {
+		there[uint32(l.index)] = true
+	}
+	ports, err := entries[uint32, bpf.ProgramPort](k.program.objects.WeftPorts)
+	if err != nil {
+		return err
+	}
+	for i := range ports {
+		if !there[i] {
+			k.forgetPort(int32(i))
+		}
+	}
+	return nil
+}
+
+// deleteProgram takes the program off the underlay's link and empties its maps.
+func (k *Kernel) deleteProgram() error {
+	if k.program.err != nil {
+		return nil
+	}
+	m := &k.program.objects
+	k.program.used.Store(false)
+	var s bpf.ProgramSettings
+	_ = m.WeftSettings.Lookup(uint32(0), &s)
+	if s.Underlay != 0 {
+		if err := k.detach(int32(s.Underlay)); err != nil {
+			return err
+		}
+	}
+	return errors.Join(
+		m.WeftSettings.Put(uint32(0), bpf.ProgramSettings{}),
+		clearMap[uint32, bpf.ProgramPort](m.WeftPorts), clearMap[bpf.ProgramDestKey, bpf.ProgramDest](m.WeftDests),
+		replaceKeys(m.WeftPeers, nil), k.program.unpin())
+}
+
+// readPort returns what the program knows of an endpoint's link, the zero value where it
+// does not stand on the link as this process would set it up.
+func (k *Kernel) readPort(l *link) (dataplane.Port, error) {
+	if k.program.err != nil {
+		return dataplane.Port{}, nil
+	}
+	var v bpf.ProgramPort
+	err := k.program.objects.WeftPorts.Lookup(uint32(l.index), &v)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return dataplane.Port{}, nil
+	}
+	if err != nil {
+		return dataplane.Port{}, fmt.Errorf("read the program's endpoint %s: %w", l.name, err)
+	}
+	if name, err := k.filterOf(l.index); err != nil || name != k.program.name[onEndpoint] {
+		return dataplane.Port{}, err
+	}
+	return portObject(v), nil
+}
+
+// putPort makes the program stand on the endpoint's link, before that is set up.
+func (k *Kernel) putPort(index int32, o dataplane.Port) error {
+	if k.program.err != nil {
+		return nil
+	}
+	if o == (dataplane.Port{}) {
+		k.forgetPort(index)
+		return k.detach(index)
+	}
+	m := &k.program.objects
+	if err := m.WeftPorts.Put(uint32(index), portValue(o)); err != nil {
+		return fmt.Errorf("tell the port program of the endpoint: %w", err)
+	}
+	zero := make([]bpf.ProgramCounters, ebpf.MustPossibleCPU())
+	if err := m.WeftCounters.Update(uint32(index), zero, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return fmt.Errorf("counters of the port program: %w", err)
+	}
+	return k.attach(index, onEndpoint)
+}
+
+func (k *Kernel) forgetPort(index int32) {
+	if k.program.err == nil {
+		_ = k.program.objects.WeftPorts.Delete(uint32(index))
+		_ = k.program.objects.WeftCounters.Delete(uint32(index))
+	}
+}

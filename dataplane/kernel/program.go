@@ -1,0 +1,246 @@
+package kernel
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/weftnet/weft/dataplane/kernel/bpf"
+	"github.com/weftnet/weft/store"
+)
+
+// Flags of the maps' values, as dataplane/kernel/bpf/maps.h has them.
+const (
+	hasRouted = 1
+
+	portGuard  = 1
+	portOther  = 2
+	portFast   = 4
+	portRouted = 8
+
+	destStack  = 1
+	destDirect = 2
+)
+
+const (
+	filterPriority = 4796
+	filterPrefix   = "weft "
+	// destsFor is how long one reading of the destinations serves the networks, of
+	// which an audit reads one after the other.
+	destsFor = 500 * time.Millisecond
+)
+
+// Program is the port program, loaded, or why it is not. Filters and maps outlive the
+// process that loaded them; the maps are found again by their pins if the host has a
+// place for those, else the filters are replaced by such with new maps.
+type Program struct {
+	objects bpf.ProgramObjects
+	err     error  // nil: loaded
+	pins    string // folder, or ""
+	pinned  bool   // by this process
+	// name of a filter: the same one has the same program and maps.
+	name    [2]string   // by where it stands
+	used    atomic.Bool // the host has networks
+	cleared atomic.Bool // a map was; Watch tells of it
+
+	mu     sync.Mutex
+	dests  map[store.VNI][]dest
+	readAt time.Time
+	full   bool // said that the map is full
+}
+
+// Where the program stands.
+const (
+	onEndpoint = iota
+	onUnderlay
+)
+
+type dest struct {
+	key   bpf.ProgramDestKey
+	value bpf.ProgramDest
+}
+
+// NoProgram returns a port program that is not loaded, for a reason.
+func NoProgram(reason string) *Program { return &Program{err: errors.New(reason)} }
+
+// LoadProgram loads the port program into the kernel, which takes CAP_BPF, CAP_PERFMON
+// and CAP_NET_ADMIN; to use it takes the first and the last. folder is of a bpf file
+// system, or anything else if there is none. Networks work without the program.
+func LoadProgram(folder string) *Program {
+	p := &Program{err: kernelFloor()}
+	if p.err != nil {
+		return p
+	}
+	p.place(folder)
+	options := ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: p.pins}}
+	if p.err = p.load(options); errors.Is(p.err, ebpf.ErrMapIncompatible) {
+		// Of another version; its filters keep its maps until they are replaced.
+		_ = os.RemoveAll(p.pins)
+		p.err = p.load(options)
+	}
+	if p.err != nil {
+		p.err = fmt.Errorf("load the port program: %w", p.err)
+	}
+	return p
+}
+
+// place finds the folder for the pins: one for each network namespace.
+func (p *Program) place(folder string) {
+	var fs unix.Statfs_t
+	var ns unix.Stat_t
+	if unix.Statfs(folder, &fs) == nil && fs.Type == unix.BPF_FS_MAGIC && unix.Stat("/proc/self/ns/net", &ns) == nil {
+		p.pins = filepath.Join(folder, fmt.Sprintf("weft-%d", ns.Ino))
+	}
+}
+
+func (p *Program) load(options ebpf.CollectionOptions) error {
+	spec, err := bpf.LoadProgram()
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(p.pins); err != nil { // nothing is pinned yet; pin does it
+		for _, m := range spec.Maps {
+			m.Pinning = ebpf.PinNone
+		}
+	}
+	if err := spec.LoadAndAssign(&p.objects, &options); err != nil {
+		return err
+	}
+	return p.identify()
+}
+
+func (p *Program) identify() error {
+	info, err := p.objects.WeftPorts.Info()
+	if err != nil {
+		return err
+	}
+	id, _ := info.ID()
+	for i, prog := range []*ebpf.Program{p.objects.WeftFromContainer, p.objects.WeftFromUnderlay} {
+		info, err := prog.Info()
+		if err != nil {
+			return err
+		}
+		p.name[i] = fmt.Sprintf("%s%s maps %d", filterPrefix, info.Tag, id)
+	}
+	return nil
+}
+
+// maps returns the maps by name, in a fixed order.
+func (p *Program) maps() (names []string, all []**ebpf.Map) {
+	m := &p.objects.ProgramMaps
+	return []string{"weft_settings", "weft_ports", "weft_dests", "weft_peers", "weft_counters"},
+		[]**ebpf.Map{&m.WeftSettings, &m.WeftPorts, &m.WeftDests, &m.WeftPeers, &m.WeftCounters}
+}
+
+// programs returns the programs in the order of where they stand.
+func (p *Program) programs() []**ebpf.Program {
+	return []**ebpf.Program{&p.objects.WeftFromContainer, &p.objects.WeftFromUnderlay}
+}
+
+// Files returns what InheritProgram in a child process needs, and Err is nil then.
+func (p *Program) Files() []*os.File {
+	if p.err != nil {
+		return nil
+	}
+	var out []*os.File
+	_, maps := p.maps()
+	for _, m := range maps {
+		out = append(out, os.NewFile(uintptr((*m).FD()), "map"))
+	}
+	for _, prog := range p.programs() {
+		out = append(out, os.NewFile(uintptr((*prog).FD()), "program"))
+	}
+	return out
+}
+
+// InheritProgram returns the program that a parent loaded, of which the Files begin at
+// file descriptor first.
+func InheritProgram(first int, folder string) *Program {
+	p := &Program{}
+	p.place(folder)
+	next := first
+	_, maps := p.maps()
+	for _, m := range maps {
+		if *m, p.err = ebpf.NewMapFromFD(next); p.err != nil {
+			return p
+		}
+		next++
+	}
+	for _, prog := range p.programs() {
+		if *prog, p.err = ebpf.NewProgramFromFD(next); p.err != nil {
+			return p
+		}
+		next++
+	}
+	p.err = p.identify()
+	return p
+}
+
+// Err returns why the program is not loaded, or nil.
+func (p *Program) Err() error { return p.err }
+
+// Close lets go of the program; what stands on links goes on.
+func (p *Program) Close() {
+	if p.err == nil {
+		_ = p.objects.Close()
+	}
+}
+
+// kernelFloor refuses kernels that lack what the program calls.
+func kernelFloor() error {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return err
+	}
+	release := unix.ByteSliceToString(u.Release[:])
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err == nil && cmp.Or(major-5, minor-15) < 0 {
+		return fmt.Errorf("Linux %s is older than 5.15, which the port program needs", release)
+	}
+	return nil
+}
+
+// pin lets the maps outlive the process.
+func (p *Program) pin() error {
+	if p.pins == "" {
+		return nil
+	}
+	if _, err := os.Stat(p.pins); err == nil && p.pinned {
+		return nil
+	}
+	if err := os.MkdirAll(p.pins, 0o700); err != nil {
+		return err
+	}
+	names, maps := p.maps()
+	for i, name := range names {
+		path := filepath.Join(p.pins, name)
+		_ = os.Remove(path)              // of a map that may be another
+		again, err := (*maps[i]).Clone() // which was pinned nowhere
+		if err == nil {
+			err = again.Pin(path)
+			_ = again.Close()
+		}
+		if err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	p.pinned = true
+	return nil
+}
+
+// unpin lets the maps end with the process.
+func (p *Program) unpin() error {
+	p.pinned = false
+	if p.pins == "" {
+		return nil
+	}
+	return os.RemoveAll(p.pins)
+}

@@ -1,0 +1,170 @@
+package dataplane
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/weftnet/weft/store"
+)
+
+// The port program stands on the host's side of every endpoint's link, and on the
+// underlay's. It guards what endpoints send, and takes packets to destinations that it
+// knows past bridge, routes and rules, which do without it. dataplane/kernel/bpf has it.
+
+// Program is the port program on this host as a whole: attached to the underlay's link,
+// and what it must know to exchange VXLAN with peers there.
+type Program struct {
+	Underlay string     // link; "": attached to endpoints' links alone
+	Address  netip.Addr // of this host there, IPv4
+	Port     uint16     // UDP, of VXLAN
+	Routed   bool       // look at what arrives for endpoints of routed networks too
+	Peers    string     // IPv4 addresses from which VXLAN is taken, sorted, separated by commas
+	Stray    int        // endpoints that it knows and that are gone; Read tells it
+}
+
+// Port is what the port program knows of an endpoint of this host. The zero value is an
+// endpoint without it.
+type Port struct {
+	VNI        store.VNI
+	MAC        store.MAC
+	IPv4, IPv6 netip.Addr
+	Guard      bool // nothing but its own addresses, and no announcements of a router, server or bridge
+	Other      bool // the guard lets ethertypes pass that are not IPv4, IPv6 or ARP
+	Fast       bool // known destinations are reached past the host's stack
+	Routed     bool // the host is the next hop of every packet
+}
+
+// Dest is a destination that the port program knows: in a bridged network a MAC, in a
+// routed one an address.
+type Dest struct {
+	VNI    store.VNI
+	MAC    store.MAC  // of the endpoint
+	IP     netip.Addr // of the endpoint on a routed network; else the zero Addr
+	Link   string     // host's side of the link of an endpoint of this host; or
+	Peer   netip.Addr // IPv4 underlay address of its host
+	Direct bool       // the peer is on the underlay's link
+	Stack  bool       // the host's stack must see all of its packets: some are translated
+}
+
+func (Program) object() {}
+func (Dest) object()    {}
+
+// Key implements Object.
+func (o Program) Key() Key { return Key{Kind: KindProgram} }
+
+// Key implements Object.
+func (o Dest) Key() Key {
+	if o.IP.IsValid() {
+		return Key{Kind: KindDest, IP: o.IP}
+	}
+	return Key{Kind: KindDest, MAC: o.MAC}
+}
+
+func (o Program) String() string {
+	s := "program"
+	if o.Underlay != "" {
+		s += fmt.Sprintf(" dev %s address %s dstport %d peers {%s}", o.Underlay, o.Address, o.Port, o.Peers)
+	}
+	if o.Routed {
+		s += " routed"
+	}
+	if o.Stray > 0 {
+		s += fmt.Sprintf(" (%d of its endpoints are gone)", o.Stray)
+	}
+	return s
+}
+
+func (o Port) String() string {
+	var s []string
+	for _, f := range []struct {
+		on   bool
+		name string
+	}{{o.Guard, "guard"}, {o.Other, "ethertypes"}, {o.Fast, "fast"}, {o.Routed, "routed"}} {
+		if f.on {
+			s = append(s, f.name)
+		}
+	}
+	for _, a := range []netip.Addr{o.IPv4, o.IPv6} {
+		if a.IsValid() {
+			s = append(s, a.String())
+		}
+	}
+	return "program [" + strings.Join(s, " ") + "]"
+}
+
+func (o Dest) String() string {
+	s := "dest "
+	if o.IP.IsValid() {
+		s += o.IP.String() + " "
+	}
+	s += o.MAC.String()
+	if o.Link != "" {
+		s += " dev " + o.Link
+	} else {
+		s += " host " + o.Peer.String()
+	}
+	if o.Direct {
+		s += " direct"
+	}
+	if o.Stack {
+		s += " stack"
+	}
+	return s + fmt.Sprintf(" vni %d", o.VNI)
+}
+
+// planProgram adds the port program for the host.
+func planProgram(p Plan, s store.HostSnapshot, u Underlay) {
+	if !u.Program {
+		return
+	}
+	o := Program{Routed: slices.ContainsFunc(s.Networks, func(n store.Network) bool { return n.Mode == store.ModeRouted && !n.Encrypted })}
+	if u.Address.Is4() && slices.ContainsFunc(s.Networks, fast) {
+		var peers []string
+		for _, peer := range s.Peers {
+			if peer.Address.Is4() && !across(s.Self, peer.Host, u) {
+				peers = append(peers, peer.Address.String())
+			}
+		}
+		slices.Sort(peers)
+		o.Underlay, o.Address, o.Port, o.Peers = u.Link, u.Address, s.Self.DataPort, strings.Join(slices.Compact(peers), ",")
+	}
+	p.Add(o)
+}
+
+func fast(n store.Network) bool { return !n.SlowPath }
+
+// portOf returns what the port program must know of an endpoint.
+func portOf(n store.Network, e store.Endpoint, u Underlay) Port {
+	if !u.Program || n.Unguarded && n.SlowPath {
+		return Port{}
+	}
+	return Port{VNI: n.VNI, MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(), Guard: !n.Unguarded, Other: n.AnyEthertype,
+		// The answers of a published port may have to be translated back.
+		Fast: !n.SlowPath && !(n.Routed() && len(e.Ports) > 0), Routed: n.Routed()}
+}
+
+// planLocalDests makes an endpoint of this host known to the program.
+func planLocalDests(p Plan, n store.Network, e store.Endpoint, u Underlay) {
+	if !u.Program || n.SlowPath {
+		return
+	}
+	o := Dest{VNI: n.VNI, MAC: e.MAC, Link: VethName(e.ID), Stack: n.Routed() && len(e.Ports) > 0}
+	if !n.Routed() {
+		p.Add(o)
+		return
+	}
+	for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
+		if o.IP = a; a.IsValid() {
+			p.Add(o)
+		}
+	}
+}
+
+// planDest makes an endpoint of a peer known to the program.
+func planDest(p Plan, o Dest, n store.Network, u Underlay) {
+	if u.Program && !n.SlowPath && u.Address.Is4() && o.Peer.Is4() {
+		p.Add(o)
+	}
+}
