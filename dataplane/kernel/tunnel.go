@@ -274,11 +274,11 @@ func (k *Kernel) applyPeer(op dataplane.Op, o dataplane.TunnelPeer) error {
 			if err := k.bury(o.Device, strays(peer, routed)); err != nil {
 				return err
 			}
-			if peer.Endpoint != nil {
-				at := slices.Index(candidates, unmapped(peer.Endpoint))
-				if next = at + 1; at >= 0 && talks(peer) {
-					next = at
-				}
+			switch {
+			case talks(peer):
+				candidates = nil // it is where its packets come from, whatever was recorded
+			case peer.Endpoint != nil:
+				next = slices.Index(candidates, unmapped(peer.Endpoint)) + 1
 			}
 		}
 	}

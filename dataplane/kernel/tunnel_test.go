@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/dataplane"
@@ -24,28 +26,11 @@ import (
 // after the device was removed. In a guest with the kernel's module (WEFT_GUEST) that
 // does it, else Weft's own.
 func TestEncryptedTraffic(t *testing.T) {
-	fabric := kerneltest.NewPlace(t)
-	fabric.Run(t, "ip link add fabric type bridge\nip link set fabric up\niptables -P FORWARD ACCEPT")
-	a, b := newMachine(t, fabric, 1, false), newMachine(t, fabric, 2, false)
-	seen, plain := watch(t, fabric)
-	for i, m := range []*machine{a, b} {
-		m.encrypted, m.self.Tunnel = true, kerneltest.TunnelOf(m.self.ID, 1)
-		m.endpoint(10 + i)
-		m.Run(t, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1\niptables -P FORWARD DROP\nip6tables -P FORWARD DROP")
-	}
+	a, b, seen, plain := encryptedPair(t)
 	program := func() {
 		a.program(t, a, b)
 		b.program(t, a, b)
 	}
-	program()
-	for _, m := range []*machine{a, b} {
-		m.start(t)
-		m.containers[0].Run(t, `ip route add 10.9.0.1 dev eth0
-			ip route add 10.9.0.0/25 via 10.9.0.1
-			ip -6 route add fd09::1 dev eth0
-			ip -6 route add fd09::/65 via fd09::1`)
-	}
-	program() // they have joined
 	talk := func(what string) {
 		t.Helper()
 		echo(t, a.containers[0], b.containers[0], b.endpoints[0].IPv4.Addr())
@@ -81,6 +66,80 @@ func TestEncryptedTraffic(t *testing.T) {
 		t.Errorf("%d frames seen between the hosts, %d of them plain", seen.Load(), plain.Load())
 	}
 	t.Logf("SCORE encrypted traffic | runs 7 | %d of %d frames plain (target 0)", plain.Load(), seen.Load())
+}
+
+// encryptedPair makes two hosts with a container each on an encrypted network, and
+// counts what is seen between them.
+func encryptedPair(t *testing.T) (a, b *machine, seen, plain *atomic.Int64) {
+	t.Helper()
+	fabric := kerneltest.NewPlace(t)
+	fabric.Run(t, "ip link add fabric type bridge\nip link set fabric up\niptables -P FORWARD ACCEPT")
+	a, b = newMachine(t, fabric, 1, false), newMachine(t, fabric, 2, false)
+	seen, plain = watch(t, fabric)
+	for i, m := range []*machine{a, b} {
+		m.encrypted, m.self.Tunnel = true, kerneltest.TunnelOf(m.self.ID, 1)
+		m.endpoint(10 + i)
+		m.Run(t, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1\niptables -P FORWARD DROP\nip6tables -P FORWARD DROP")
+	}
+	program := func() {
+		a.program(t, a, b)
+		b.program(t, a, b)
+	}
+	program()
+	for _, m := range []*machine{a, b} {
+		m.start(t)
+		m.containers[0].Run(t, `ip route add 10.9.0.1 dev eth0
+			ip route add 10.9.0.0/25 via 10.9.0.1
+			ip -6 route add fd09::1 dev eth0
+			ip -6 route add fd09::/65 via fd09::1`)
+	}
+	program() // they have joined
+	return a, b, seen, plain
+}
+
+// A peer that is heard from elsewhere than its record says, as when a NAT in front of it
+// takes another port, is sought where it was heard, also after a repair.
+func TestRoamedPeerStaysWhereItWasHeard(t *testing.T) {
+	a, b, _, _ := encryptedPair(t)
+	echo(t, a.containers[0], b.containers[0], b.endpoints[0].IPv4.Addr())
+	endpoint := func() (at netip.AddrPort) {
+		a.Do(func() {
+			all, err := a.k.Tunnels(t.Context())
+			if err != nil || len(all) != 1 || len(all[0].Peers) != 1 {
+				t.Errorf("state of the device: %+v, %v", all, err)
+				return
+			}
+			at = all[0].Peers[0].Endpoint
+		})
+		return at
+	}
+	// What still comes to the old port must not be the first that the NAT sees.
+	b.Run(t, fmt.Sprintf("iptables -t raw -I PREROUTING -p udp --dport %[1]d -j DROP\niptables -t nat -A POSTROUTING -p udp --sport %[1]d -j SNAT --to-source 192.0.2.2:31000", kerneltest.TunnelPort))
+	b.Do(func() {
+		if err := netlink.ConntrackTableFlush(netlink.ConntrackTable); err != nil {
+			t.Error(err)
+		}
+	})
+	moved := netip.MustParseAddrPort("192.0.2.2:31000")
+	for tries := 0; endpoint() != moved; tries++ {
+		if tries == 100 {
+			t.Fatalf("the peer is sought at %s, and heard from %s", endpoint(), moved)
+		}
+		b.containers[0].Do(func() {
+			if c, err := net.Dial("udp", netip.AddrPortFrom(a.endpoints[0].IPv4.Addr(), 7000).String()); err == nil {
+				_, _ = c.Write([]byte("hello")) // nobody answers yet
+				_ = c.Close()
+			}
+		})
+		time.Sleep(50 * time.Millisecond)
+	}
+	b.Run(t, fmt.Sprintf("iptables -t raw -D PREROUTING -p udp --dport %d -j DROP", kerneltest.TunnelPort))
+	a.Run(t, "ip route flush table 4796\nip -6 route flush table 4796")
+	a.program(t, a, b)
+	if at := endpoint(); at != moved {
+		t.Errorf("after a repair the peer is sought at %s, and was heard from %s", at, moved)
+	}
+	echo(t, a.containers[0], b.containers[0], b.endpoints[0].IPv4.Addr())
 }
 
 // awaitHandshakes waits until each way of the machine was answered.
