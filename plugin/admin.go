@@ -341,6 +341,7 @@ func endpointState(e store.Endpoint, missing []store.EndpointID) string {
 
 func (s *services) peers(crypt encryptionReply) ([]peerReply, error) {
 	out := []peerReply{}
+	self, u := s.db.Self(), s.loop.Underlay()
 	err := s.db.View(func(tx *store.Tx) error {
 		own, err := tx.Networks()
 		if err != nil {
@@ -352,11 +353,12 @@ func (s *services) peers(crypt encryptionReply) ([]peerReply, error) {
 		}
 		for _, p := range all {
 			r := peerReply{Peer: p, Alive: p.DeadSince.IsZero(), Networks: []store.VNI{}}
+			r.Via = self.AddressOf(p.Host, u.Prefix.Contains(p.Address))
 			nets, err := tx.PeerNetworks(p.ID)
 			if err != nil {
 				return err
 			}
-			r.Way = way(s.db.Self(), p, own, nets, s.loop.Underlay())
+			r.Way = way(self, p, own, nets, u)
 			for _, n := range nets {
 				r.Networks = append(r.Networks, n.VNI)
 			}
@@ -375,7 +377,7 @@ func (s *services) peers(crypt encryptionReply) ([]peerReply, error) {
 	}
 	for i, r := range out {
 		if m, ok := heard[r.ID]; ok {
-			out[i].Alive, out[i].InSync, out[i].LastErr = m.Alive, m.InSync, m.LastErr
+			out[i].Alive, out[i].InSync, out[i].LastErr, out[i].Cut = m.Alive, m.InSync, m.LastErr, m.Alive && m.Cut
 		}
 	}
 	return out, err

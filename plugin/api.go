@@ -114,6 +114,8 @@ type peerReply struct {
 	Alive    bool        `json:"alive"`
 	InSync   bool        `json:"inSync"`
 	LastErr  string      `json:"lastErr,omitempty"`
+	Cut      bool        `json:"cut,omitempty"` // others hear it, but from here no way leads to it
+	Via      netip.Addr  `json:"via"`           // by which this host reaches it: its address, or that of the NAT in front of it
 	Networks []store.VNI `json:"networks"`
 	Way      string      `json:"way"` // of routed networks: "direct" (a plain route) or "vxlan"; of encrypted ones "wireguard", with " (no answer)" while the peer gives none there
 }

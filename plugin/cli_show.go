@@ -198,10 +198,12 @@ func peers(ctx context.Context, c *cli) error {
 			state = "silent since " + clock(p.DeadSince) + ", hidden"
 		case !p.Alive:
 			state = "silent since " + clock(p.DeadSince)
+		case p.Cut:
+			state = "alive, not reached from here"
 		case p.InSync:
 			state = "alive"
 		}
-		rows = append(rows, []string{p.Name, short(p.ID), p.Address.String(), p.Way, p.Version, state, orDash(join(p.Networks)), p.LastErr})
+		rows = append(rows, []string{p.Name, short(p.ID), cmp.Or(p.Via, p.Address).String(), p.Way, p.Version, state, orDash(join(p.Networks)), p.LastErr})
 	}
 	c.table(rows)
 	return nil

@@ -232,6 +232,8 @@ func (v view) clusterProblems() (out []problem) {
 				text += ", its endpoints are hidden"
 			}
 			silent = append(silent, text)
+		} else if p.Cut {
+			add("open the gossip port (TCP and UDP), the data port (TCP) and for encrypted networks those of WireGuard (UDP) between the two hosts; until then their containers do not reach each other", "host %s (%s) is alive, as others tell, but this host does not reach it: %s", p.Name, p.Via, p.LastErr)
 		} else if p.LastErr != "" {
 			add("open the data port (TCP) between the hosts; compare WEFT_KEY", "records of host %s (%s) cannot be fetched: %s", p.Name, p.Address, p.LastErr)
 		}

@@ -82,6 +82,11 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"silent since the start", func(v *view) { v.peers = peer(func(p *peerReply) { p.Alive = false }) }, "beta (192.0.2.2), not heard since this plugin started", false},
 		{"other key", func(v *view) { v.otherKey = 3 }, "set the same WEFT_KEY_FILE or WEFT_KEY", false},
 		{"unread peer", func(v *view) { v.peers = peer(func(p *peerReply) { p.LastErr = "no route to host" }) }, "records of host beta (192.0.2.2) cannot be fetched: no route to host", false},
+		{"peer that others reach", func(v *view) {
+			v.peers = peer(func(p *peerReply) {
+				p.Cut, p.Via, p.LastErr = true, netip.MustParseAddr("198.51.100.7"), "i/o timeout"
+			})
+		}, "host beta (198.51.100.7) is alive, as others tell, but this host does not reach it: i/o timeout", false},
 		{"no key", func(v *view) {
 			v.status.Join, v.status.Encrypted, v.peers = []string{"a:1"}, false, peer(func(*peerReply) {})
 		}, "no key is set", true},

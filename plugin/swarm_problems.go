@@ -177,7 +177,8 @@ func (v swarmView) differences() (out []problem) {
 		if p.Version != self.Version {
 			versions = append(versions, p.Name+" has "+orDash(p.Version))
 		}
-		if p.DataPort != self.DataPort {
+		// WireGuard has ports of its own; hosts behind one NAT need different ones.
+		if p.DataPort != self.DataPort && !strings.HasPrefix(p.Way, "wireguard") {
 			ports = append(ports, fmt.Sprintf("%s has %d", p.Name, p.DataPort))
 		}
 		if p.Scope != "" && p.Scope != v.status.Scope && v.info.Swarm.LocalNodeState == "active" {
@@ -185,7 +186,7 @@ func (v swarmView) differences() (out []problem) {
 		}
 	}
 	if len(ports) > 0 {
-		out = append(out, problem{Text: fmt.Sprintf("WEFT_DATA_PORT differs: %s, this host %d; no packet passes between them", some(ports), self.DataPort), Remedy: "set the same on all hosts"})
+		out = append(out, problem{Text: fmt.Sprintf("WEFT_DATA_PORT differs: %s, this host %d; no VXLAN passes between them", some(ports), self.DataPort), Remedy: "set the same on all hosts; behind one NAT, where each needs its own, share encrypted networks"})
 	}
 	if len(scopes) > 0 {
 		out = append(out, problem{Text: fmt.Sprintf("WEFT_SCOPE differs: %s, this host %s", some(scopes), v.status.Scope), Remedy: "set the same on all hosts: " + v.setScope(v.status.Scope)})

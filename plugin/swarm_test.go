@@ -140,9 +140,10 @@ func TestSwarmProblems(t *testing.T) {
 			p := &v.peers[0]
 			p.Name, p.Scope, p.DataPort, p.Version = "b", scopeLocal, 4000, "0.9"
 			v.status.Host.Version, v.peers[1].Version = "1.0", "1.0"
-		}, []string{"! WEFT_DATA_PORT differs: b has 4000, this host 4797; no packet passes between them", "set the same on all hosts",
+		}, []string{"! WEFT_DATA_PORT differs: b has 4000, this host 4797; no VXLAN passes between them", "set the same on all hosts; behind one NAT, where each needs its own, share encrypted networks",
 			"! WEFT_SCOPE differs: b has local, this host global", "set the same on all hosts: " + toGlobal,
 			"note: the plugin's version differs: b has 0.9, this host 1.0", "docker plugin upgrade, one host after the other"}},
+		{"another port behind a NAT, where all is encrypted", func(v *swarmView) { v.peers[0].DataPort, v.peers[0].Way = 4807, "wireguard" }, nil},
 		{"a silent host's settings are old news", func(v *swarmView) { v.peers[0].Alive, v.peers[0].Version = false, "0.9" }, nil},
 		{"a version that does not tell its scope", func(v *swarmView) { v.peers[0].Scope = "" }, nil},
 	} {

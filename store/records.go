@@ -94,6 +94,14 @@ func (h Host) Inside(peer Host, near bool) bool {
 	return !peer.Public.IsValid() || peer.Public == h.Public || near
 }
 
+// AddressOf returns the address by which h reaches a peer, which may be on h's link (near).
+func (h Host) AddressOf(peer Host, near bool) netip.Addr {
+	if h.Inside(peer, near) {
+		return peer.Address
+	}
+	return peer.Public
+}
+
 // WGKey is a key of WireGuard (Curve25519), public or private.
 type WGKey [32]byte
 

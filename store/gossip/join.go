@@ -155,10 +155,7 @@ type transport struct {
 // wayTo returns the address by which a host is reached from here: inside its network
 // or behind the same NAT its own, else the public one.
 func (c *Cluster) wayTo(h store.Host) netip.Addr {
-	if c.db.Self().Inside(h, c.cfg.Near != nil && c.cfg.Near(h.Address)) {
-		return h.Address
-	}
-	return h.Public
+	return c.db.Self().AddressOf(h, c.cfg.Near != nil && c.cfg.Near(h.Address))
 }
 
 // translate returns where a member is reached from here.

@@ -34,7 +34,9 @@ type PeerStatus struct {
 	store.Peer
 	Alive   bool   // a member now
 	LastErr string // of the last fetch, or ""
-	InSync  bool   // everything that this peer is known to have is held here
+	// Cut: the last fetch found no way to the peer, though others may.
+	Cut    bool
+	InSync bool // everything that this peer is known to have is held here
 }
 
 type counters struct{ fetches, fetchErrors atomic.Uint64 }
@@ -83,7 +85,7 @@ func (c *Cluster) Peers() []PeerStatus {
 		for _, p := range peers {
 			st := PeerStatus{Peer: p}
 			if see, ok := c.table.sight(p.ID); ok {
-				st.Alive, st.LastErr = see.alive, see.err
+				st.Alive, st.LastErr, st.Cut = see.alive, see.err, see.cut
 				list, wants, err := c.compare(tx, own, p.ID, see)
 				st.InSync = see.alive && see.heard() && !see.doubt && err == nil && !list && len(wants) == 0
 			}

@@ -1,7 +1,9 @@
 package gossip
 
 import (
+	"errors"
 	"maps"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -36,7 +38,8 @@ type hostState struct {
 	// doubt: only the host itself can say what it has. It came back, or runs a new
 	// process, which may have an older database.
 	doubt bool
-	err   string
+	err   string        // of the last fetch
+	cut   bool          // it found no way to the host
 	wake  chan struct{} // cap 1: there may be something to fetch
 }
 
@@ -101,7 +104,7 @@ func (t *table) joined(r record) {
 	switch is := h.alive(); {
 	case is && !was:
 		t.alive++
-		h.lost, h.dead, h.err = time.Time{}, false, ""
+		h.lost, h.dead, h.err, h.cut = time.Time{}, false, "", false
 		h.doubt = h.doubt || seen
 	case was && !is:
 		t.alive--
@@ -207,6 +210,8 @@ func (t *table) fetched(id store.HostID, err error) {
 		if err != nil {
 			h.err = err.Error()
 		}
+		var dial *net.OpError
+		h.cut = errors.As(err, &dial) && dial.Op == "dial"
 	}
 }
 
@@ -262,6 +267,7 @@ type sight struct {
 	claims claims
 	doubt  bool
 	err    string
+	cut    bool
 	wake   <-chan struct{}
 }
 
@@ -273,7 +279,7 @@ func (s sight) heard() bool {
 
 func (h *hostState) sight() sight {
 	return sight{rec: h.rec, alive: h.alive(), lost: h.lost, dead: h.dead, stored: h.stored,
-		doubt: h.doubt, err: h.err, wake: h.wake}
+		doubt: h.doubt, err: h.err, cut: h.cut, wake: h.wake}
 }
 
 func (t *table) sights() map[store.HostID]sight {
