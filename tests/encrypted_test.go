@@ -31,7 +31,11 @@ func TestEncrypted(t *testing.T) {
 	for name, engine := range engines(t) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			lab := newLab(t, 3, func(i int, o *hosts.HostOptions) { o.Engine, o.NAT = engine, i == 2 })
+			lab := newLab(t, 3, func(i int, o *hosts.HostOptions) {
+				if o.Engine = engine; i == 2 {
+					o.NAT = "home"
+				}
+			})
 			install(t, lab, pluginDir(t, "", "test"), clusterKey)
 			e := &encrypted{name: name, lab: lab, first: inventories(t, lab.Hosts...)}
 			e.watch(t)

@@ -3,6 +3,7 @@ package tests
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -157,7 +158,7 @@ func install(t *testing.T, lab *hosts.Lab, dir string, settings ...string) {
 		if h.Public.IsValid() {
 			at = h.Public
 		}
-		join = append(join, at.String())
+		join = append(join, netip.AddrPortFrom(at, h.Port).String())
 	}
 	var wait sync.WaitGroup
 	errs := make([]error, len(lab.Hosts))
@@ -165,7 +166,8 @@ func install(t *testing.T, lab *hosts.Lab, dir string, settings ...string) {
 		wait.Go(func() {
 			own := append([]string{"WEFT_JOIN=" + strings.Join(join, ",")}, settings...)
 			if h.Public.IsValid() {
-				own = append(own, "WEFT_PUBLIC_ADDRESS="+h.Public.String())
+				own = append(own, "WEFT_PUBLIC_ADDRESS="+h.Public.String(), fmt.Sprintf("WEFT_PORT=%d", h.Port),
+					fmt.Sprintf("WEFT_DATA_PORT=%d", h.Port+1), fmt.Sprintf("WEFT_WIREGUARD_PORT=%d", h.Port+2))
 			}
 			errs[i] = h.InstallPlugin(t.Context(), dir, own...)
 		})

@@ -41,7 +41,7 @@ func (d *demo) run() error {
 		return err
 	}
 	d.Title("Three Docker hosts, gamma behind a NAT")
-	if err := d.Hosts("alpha", "beta", "gamma/nat"); err != nil {
+	if err := d.Hosts("alpha", "beta", "gamma/home"); err != nil {
 		return err
 	}
 	d.OK("three dockerds; gamma is reached from outside by " + d.Lab.Hosts[2].Public.String() + " alone")

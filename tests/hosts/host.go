@@ -27,9 +27,10 @@ type HostOptions struct {
 	// IPTables is the variant that dockerd and Exec call iptables: "nft",
 	// "legacy" or "" for the machine's choice.
 	IPTables string
-	// NAT puts the host behind a router of its own, which forwards Weft's ports to it:
-	// Address is then the one inside, and Public the router's.
-	NAT bool
+	// NAT puts the host behind the router of that name (lab.Router), which forwards the
+	// host's ports to it: Address is then the one inside, and Public the router's. Hosts
+	// that name the same router share it, with different ports.
+	NAT string
 	// Before is a command that runs on the host before dockerd first starts.
 	Before []string
 	// Flags are added to dockerd's.
@@ -42,9 +43,11 @@ type Host struct {
 	Address  netip.Addr // on the underlay
 	Address6 netip.Addr
 	Public   netip.Addr // of the NAT in front of it; zero: none
+	Port     uint16     // the first of Weft's four: gossip, records, and two of WireGuard
 	Dir      string     // everything it has on disk; "run" in it is its /run/docker
 
 	lab     *Lab
+	router  *Router // nil: none
 	options HostOptions
 	netns   string
 	holder  *exec.Cmd      // keeps the mount namespace

@@ -54,6 +54,7 @@ type Lab struct {
 	Dir      string // everything it has on disk
 	Underlay *Underlay
 	Hosts    []*Host
+	routers  []*Router
 
 	logf  func(format string, args ...any)
 	close func() error
@@ -141,14 +142,17 @@ func (l *Lab) build(ctx context.Context, o Options) error {
 			lab:      l,
 			options:  ho,
 			netns:    l.Name + "-" + ho.Name,
-		}
-		if ho.NAT {
-			h.Public, h.Address = h.Address, netip.AddrFrom4([4]byte{10, 200, byte(10 + i), 2})
+			Port:     weftPort,
 		}
 		if h.Name == "" || len(h.Name) > 13 || l.Host(h.Name) != nil {
 			return fmt.Errorf("host name %q is empty, longer than 13 characters or used twice", h.Name)
 		}
 		l.Hosts = append(l.Hosts, h)
+		if ho.NAT != "" {
+			if err := l.putBehind(ctx, h, ho.NAT); err != nil {
+				return err
+			}
+		}
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	for _, h := range l.Hosts {

@@ -52,8 +52,8 @@ func ipBatch(ctx context.Context, netns, lines string) error {
 
 // connect plugs a host in: eth0 in its namespace.
 func (u *Underlay) connect(ctx context.Context, h *Host) error {
-	if h.Public.IsValid() {
-		return u.connectNAT(ctx, h)
+	if h.router != nil {
+		return h.router.connect(ctx, h)
 	}
 	mtu := strconv.Itoa(u.MTU)
 	err := u.script(ctx, `
@@ -73,54 +73,13 @@ route add default via 2001:db8::1
 `)
 }
 
-// natPorts are what the router in front of a host forwards to it: Weft's.
-var natPorts = []string{"udp --dport 4796", "tcp --dport 4796:4797", "udp --dport 4798:4799"}
-
-// connectNAT plugs a router in, and the host behind it. The router has the public
-// address on the cable, and hides all that the host sends behind it.
-func (u *Underlay) connectNAT(ctx context.Context, h *Host) error {
-	mtu, router := strconv.Itoa(u.MTU), h.netns+"-nat"
-	if _, err := run(ctx, nil, "ip", "netns", "add", router); err != nil {
-		return err
+// port is the host's on the cable, or that of the router in front of it.
+func port(h *Host) string {
+	if h.router != nil {
+		return "h-" + h.router.Name
 	}
-	inside := netip.PrefixFrom(h.Address, 24).Masked().Addr().Next().String()
-	err := u.script(ctx, `
-link add `+port(h)+` mtu `+mtu+` type veth peer name outer mtu `+mtu+` netns `+router+`
-link set `+port(h)+` master `+mainBridge+` up
-`)
-	if err == nil {
-		err = ipBatch(ctx, router, `
-link set lo up
-address add `+h.Public.String()+`/24 dev outer
-link add inner mtu `+mtu+` type veth peer name eth0 mtu `+mtu+` netns `+h.netns+`
-address add `+inside+`/24 dev inner
-link set outer up
-link set inner up
-route add default via 192.0.2.1
-`)
-	}
-	if err == nil {
-		err = ipBatch(ctx, h.netns, `
-link set lo up
-address add `+h.Address.String()+`/24 dev eth0
-link set eth0 up
-route add default via `+inside+`
-`)
-	}
-	lines := []string{"sysctl -q -w net.ipv4.ip_forward=1", "iptables -w -t nat -A POSTROUTING -o outer -j MASQUERADE"}
-	for _, p := range natPorts {
-		proto, match, _ := strings.Cut(p, " ")
-		lines = append(lines, "iptables -w -t nat -A PREROUTING -i outer -p "+proto+" "+match+" -j DNAT --to-destination "+h.Address.String())
-	}
-	for _, line := range lines {
-		if err == nil {
-			_, err = run(ctx, nil, "ip", append([]string{"netns", "exec", router}, strings.Fields(line)...)...)
-		}
-	}
-	return err
+	return "h-" + h.Name
 }
-
-func port(h *Host) string { return "h-" + h.Name }
 
 // Renumber gives the host another IPv4 address on the underlay, as a new lease of
 // DHCP does. Address is the new one from then on.
@@ -195,15 +154,20 @@ func (u *Underlay) Heal(ctx context.Context, hosts ...*Host) error {
 	return u.script(ctx, b.String())
 }
 
-// Capture is a running tcpdump on a host's cable.
+// Capture is a running tcpdump.
 type Capture struct {
 	File string // pcap, in the lab's folder
 	cmd  *exec.Cmd
 }
 
-// Capture records the host's packets that match filter (pcap syntax) until Stop.
+// Capture records the host's packets on the cable that match filter (pcap syntax) until
+// Stop; of a host behind a NAT those of its router.
 func (u *Underlay) Capture(ctx context.Context, h *Host, filter string) (*Capture, error) {
-	f, err := os.CreateTemp(h.lab.Dir, "capture-*.pcap")
+	return capture(ctx, h.lab.Dir, u.Namespace, port(h), filter)
+}
+
+func capture(ctx context.Context, dir, netns, link, filter string) (*Capture, error) {
+	f, err := os.CreateTemp(dir, "capture-*.pcap")
 	if err != nil {
 		return nil, err
 	}
@@ -211,8 +175,8 @@ func (u *Underlay) Capture(ctx context.Context, h *Host, filter string) (*Captur
 	if err := f.Close(); err != nil {
 		return nil, err
 	}
-	c.cmd = command(ctx, nil, "ip", "netns", "exec", u.Namespace,
-		"tcpdump", "-i", port(h), "-Z", "root", "-n", "-U", "-s", "0", "-w", c.File, filter)
+	c.cmd = command(ctx, nil, "ip", "netns", "exec", netns,
+		"tcpdump", "-i", link, "-Z", "root", "-n", "-U", "-s", "0", "-w", c.File, filter)
 	if err := c.cmd.Start(); err != nil {
 		return nil, err
 	}

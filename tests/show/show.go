@@ -71,12 +71,12 @@ func (s *Show) Build() error {
 	return nil
 }
 
-// Hosts makes the lab. A name that ends in /nat is that of a host behind a NAT.
+// Hosts makes the lab. A host behind a NAT is host/router.
 func (s *Show) Hosts(names ...string) error {
 	o := hosts.Options{Logf: func(f string, a ...any) { fmt.Printf(f+"\n", a...) }}
 	for _, n := range names {
-		name, nat := strings.CutSuffix(n, "/nat")
-		o.Hosts = append(o.Hosts, hosts.HostOptions{Name: name, NAT: nat})
+		name, router, _ := strings.Cut(n, "/")
+		o.Hosts = append(o.Hosts, hosts.HostOptions{Name: name, NAT: router})
 	}
 	lab, err := hosts.New(s.Ctx, o)
 	if err != nil {
