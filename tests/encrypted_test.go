@@ -119,40 +119,46 @@ func (e *encrypted) send(t *testing.T, from hosts.Container, to string) {
 	sendText(t, from, to, marker)
 }
 
-// flood sends the marker from every container to every other one, a hundred times a
-// second, until the test ends. It returns how many were sent.
+// flood sends the marker from every container to every other one.
 func (e *encrypted) flood(t *testing.T) (sent func() int64) {
+	var from []hosts.Container
+	var to []netip.Addr
+	for i, h := range e.lab.Hosts {
+		for _, name := range []string{"enc", "encr"} {
+			c := hosts.Container{Host: h, Name: name}
+			from, to = append(from, c), append(to, addressOf(t, c, name))
+		}
+		to = append(to, netip.MustParseAddr(fmt.Sprintf("fd00:91::a%d", i+1)))
+	}
+	return flood(t, from, to)
+}
+
+// flood sends the marker from containers to addresses, a hundred times a second, until
+// the test ends. It returns how many were sent.
+func flood(t *testing.T, from []hosts.Container, to []netip.Addr) (sent func() int64) {
+	t.Helper()
 	var count atomic.Int64
 	ctx, stop := context.WithCancel(t.Context())
 	var wait sync.WaitGroup
 	t.Cleanup(func() { stop(); wait.Wait() })
-	var to []*net.UDPAddr
-	for i, h := range e.lab.Hosts {
-		for _, name := range []string{"enc", "encr"} {
-			to = append(to, &net.UDPAddr{IP: addressOf(t, hosts.Container{Host: h, Name: name}, name).AsSlice(), Port: 7777})
+	for _, f := range from {
+		var c *net.UDPConn
+		if err := inside(t, f, func() (err error) {
+			c, err = net.ListenUDP("udp", nil)
+			return err
+		}); err != nil {
+			t.Fatal(err)
 		}
-		to = append(to, &net.UDPAddr{IP: net.ParseIP(fmt.Sprintf("fd00:91::a%d", i+1)), Port: 7777})
-	}
-	for _, h := range e.lab.Hosts {
-		for _, name := range []string{"enc", "encr"} {
-			var c *net.UDPConn
-			if err := inside(t, hosts.Container{Host: h, Name: name}, func() (err error) {
-				c, err = net.ListenUDP("udp", nil)
-				return err
-			}); err != nil {
-				t.Fatal(err)
-			}
-			wait.Go(func() {
-				defer c.Close()
-				for tick := time.NewTicker(10 * time.Millisecond); ctx.Err() == nil; <-tick.C {
-					for _, a := range to {
-						if _, err := c.WriteToUDP([]byte(marker), a); err == nil {
-							count.Add(1)
-						}
+		wait.Go(func() {
+			defer c.Close()
+			for tick := time.NewTicker(10 * time.Millisecond); ctx.Err() == nil; <-tick.C {
+				for _, a := range to {
+					if _, err := c.WriteToUDPAddrPort([]byte(marker), netip.AddrPortFrom(a, 7777)); err == nil {
+						count.Add(1)
 					}
 				}
-			})
-		}
+			}
+		})
 	}
 	return count.Load
 }
@@ -401,14 +407,7 @@ func (e *encrypted) nothingPlain(t *testing.T) {
 	e.sendControl(t)
 	plain, wireguard, controls := 0, 0, 0
 	for i, c := range e.captures {
-		lines, err := c.Stop(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		raw, err := os.ReadFile(c.File)
-		if err != nil {
-			t.Fatal(err)
-		}
+		lines, raw := stopped(t, c)
 		plain += bytes.Count(raw, []byte(marker))
 		controls += bytes.Count(raw, []byte(control))
 		for _, l := range lines {
@@ -430,6 +429,19 @@ func (e *encrypted) nothingPlain(t *testing.T) {
 	if plain > 0 {
 		t.Errorf("%d packets on the underlay are plain", plain)
 	}
+}
+
+// stopped ends a capture and returns its packets, a line each, and all that is in them.
+func stopped(t *testing.T, c *hosts.Capture) (lines []string, raw []byte) {
+	t.Helper()
+	lines, err := c.Stop(t.Context())
+	if err == nil {
+		raw, err = os.ReadFile(c.File)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines, raw
 }
 
 func (e *encrypted) nothingLeft(t *testing.T) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # guest.sh: makes the guest in which the kernel's WireGuard is tested, once, in
 # $WEFT_GUEST_DIR or the user's cache: Debian's stock cloud kernel, and an initramfs with
-# its network modules, busybox, ip and iptables. Needs busybox-static, iproute2, iptables.
+# its network and disk modules, busybox, ip and iptables. Needs busybox-static, iproute2, iptables.
 set -euo pipefail
 dir=${WEFT_GUEST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/weft/guest}
 newest() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image-/ {print $2; exit}'; }
@@ -25,7 +25,8 @@ root=$work/root
 mkdir -p "$root"/{bin,sbin,usr,proc,sys,dev,run,tmp,etc,lib/modules}
 cp /bin/busybox "$root/bin/busybox"
 release=$(ls "$work/image/lib/modules")
-for part in net crypto lib arch/x86/crypto arch/x86/lib drivers/net/wireguard drivers/net/vxlan drivers/net/veth.ko drivers/net/tun.ko drivers/net/dummy.ko; do
+for part in net crypto lib arch/x86/crypto arch/x86/lib drivers/net/wireguard drivers/net/vxlan drivers/net/veth.ko drivers/net/tun.ko drivers/net/dummy.ko \
+	drivers/virtio drivers/block/virtio_blk.ko drivers/net/virtio_net.ko drivers/net/net_failover.ko; do
 	from=$work/image/lib/modules/$release/kernel/$part
 	[ -e "$from" ] || continue
 	to=$root/lib/modules/$release/kernel/$(dirname "$part")
@@ -60,7 +61,7 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmpfs /run
-for m in wireguard veth bridge br_netfilter vxlan tun nf_tables nft_compat nft_chain_nat ip_set ip_set_hash_ip xt_set xt_CT xt_addrtype xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_TCPMSS xt_tcpudp ipt_rpfilter ip6t_rpfilter; do
+for m in virtio_pci virtio_blk virtio_net wireguard veth bridge br_netfilter vxlan tun nf_tables nft_compat nft_chain_nat ip_set ip_set_hash_ip xt_set xt_CT xt_addrtype xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_TCPMSS xt_tcpudp ipt_rpfilter ip6t_rpfilter; do
 	modprobe $m || echo "GUEST no module $m"
 done
 ip link set lo up

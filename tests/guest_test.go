@@ -36,16 +36,16 @@ func TestGuest(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	pattern := "TestEncryptedTraffic|TestSuiteNft/round_trip/encrypted"
+	pattern := "TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/round_trip/encrypted"
 	if soak() {
-		pattern = "TestEncryptedTraffic|TestSuiteNft/.*/encrypted|own_gateway|routed"
+		pattern = "TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/.*/encrypted|own_gateway|routed"
 	}
 	script := fmt.Sprintf("WEFT_GUEST=1 WEFT_TEST_MUST=root /kernel.test -test.v -test.run '%s'\n", pattern)
 	if err := os.WriteFile(filepath.Join(work, "run.sh"), []byte(script), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	image := filepath.Join(work, "initramfs")
-	if err := addToImage(t.Context(), filepath.Join(dir, "initramfs.gz"), work, image); err != nil {
+	if err := addToImage(t.Context(), filepath.Join(dir, "initramfs.gz"), work, image, "kernel.test", "run.sh"); err != nil {
 		t.Fatal(err)
 	}
 	limit := guestLimit
@@ -73,17 +73,17 @@ func TestGuest(t *testing.T) {
 	}
 }
 
-// addToImage writes the initramfs with the files of a folder added: the kernel unpacks
+// addToImage writes the initramfs with files of a folder added: the kernel unpacks
 // archives one after the other (Documentation/driver-api/early-userspace/buffer-format).
-func addToImage(ctx context.Context, base, dir, image string) error {
+func addToImage(ctx context.Context, base, dir, image string, files ...string) error {
 	first, err := os.ReadFile(base)
 	if err != nil {
 		return err
 	}
 	first = append(first, make([]byte, (4-len(first)%4)%4)...)
-	cmd := exec.CommandContext(ctx, "busybox", "cpio", "-o", "-H", "newc")
+	cmd := exec.CommandContext(ctx, "busybox", "cpio", "-o", "-L", "-H", "newc")
 	cmd.Dir = dir
-	cmd.Stdin = strings.NewReader("kernel.test\nrun.sh\n")
+	cmd.Stdin = strings.NewReader(strings.Join(files, "\n") + "\n")
 	archive, err := cmd.Output()
 	if err != nil {
 		return fmt.Errorf("cpio: %w", err)

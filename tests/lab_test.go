@@ -65,6 +65,10 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if docker := os.Getenv(guestVariable); docker != "" {
+		fmt.Fprintln(os.Stderr, insideGuest(docker))
+		os.Exit(1)
+	}
 	var err error
 	var stop context.CancelFunc
 	interrupted, stop = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

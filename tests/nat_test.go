@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -124,9 +123,10 @@ func (n *nat) insideAndOutside(t *testing.T) {
 		}
 		return count
 	}
-	in, insidePlain := stopped(t, inner)
-	out, outsidePlain := stopped(t, outer)
-	inside, outside, plain := packets(in, n.b.Address, n.b, n.c.Address, n.c), packets(out, n.a.Address, n.a, n.router.Public, n.b), insidePlain+outsidePlain
+	in, rawIn := stopped(t, inner)
+	out, rawOut := stopped(t, outer)
+	inside, outside := packets(in, n.b.Address, n.b, n.c.Address, n.c), packets(out, n.a.Address, n.a, n.router.Public, n.b)
+	plain := bytes.Count(append(rawIn, rawOut...), []byte(marker))
 	for _, l := range out {
 		if strings.Contains(l, " 10.") || strings.Contains(l, n.router.Public.String()+".") && !strings.Contains(l, " "+n.a.Address.String()+".") {
 			t.Errorf("outside of the NAT: %s", l)
@@ -136,20 +136,6 @@ func (n *nat) insideAndOutside(t *testing.T) {
 		t.Errorf("%d packets of WireGuard between the hosts behind the NAT, %d through it, %d plain ones", inside, outside, plain)
 	}
 	figure(t, "two hosts behind one NAT, one outside", ways, "all ways talk; %d packets of WireGuard inside, %d through the NAT, %d plain (target 0)", inside, outside, plain)
-}
-
-// stopped ends a capture and returns its packets, and how often the marker is in them.
-func stopped(t *testing.T, c *hosts.Capture) (lines []string, plain int) {
-	t.Helper()
-	lines, err := c.Stop(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := os.ReadFile(c.File)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return lines, bytes.Count(raw, []byte(marker))
 }
 
 // anotherMapping makes the router forget where the traffic of host c went, forward

@@ -30,6 +30,7 @@ if [ "$what" = test ] || [ "$what" = soak ]; then
 	need gcc gcc
 	need nft nftables
 	need qemu-system-x86_64 qemu-system-x86
+	need mke2fs e2fsprogs
 	need /usr/include/stdlib.h libc6-dev
 	# The port program is compiled again, and compared.
 	need clang clang
