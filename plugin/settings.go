@@ -68,7 +68,7 @@ func settingTable() []setting {
 		{"WEFT_ADDRESS", "", "address by which other hosts reach this one; empty: in a Swarm the one it advertises, else that of the default route", setAddress},
 		{"WEFT_PUBLIC_ADDRESS", "", "address by which hosts outside of this one's network reach it, where a NAT forwards its ports (`WEFT_PORT`, `WEFT_DATA_PORT`, `WEFT_WIREGUARD_PORT` and the one after it); empty: they use `WEFT_ADDRESS`", setPublic},
 		{"WEFT_PORT", strconv.Itoa(defaultPort), "port of gossip, UDP and TCP", setPort(func(s *settings) *uint16 { return &s.port })},
-		{"WEFT_DATA_PORT", strconv.Itoa(defaultDataPort), "port of VXLAN (UDP) and of records (TCP); the same on all hosts", setPort(func(s *settings) *uint16 { return &s.dataPort })},
+		{"WEFT_DATA_PORT", strconv.Itoa(defaultDataPort), "port of VXLAN (UDP) and of records (TCP); the same on all hosts, but for those behind one NAT", setPort(func(s *settings) *uint16 { return &s.dataPort })},
 		{"WEFT_WIREGUARD_PORT", strconv.Itoa(defaultTunnelPort), "UDP port of WireGuard, for encrypted networks; the next one is used while a key changes", setTunnelPort},
 		{"WEFT_WIREGUARD", "auto", "`kernel` for the kernel's module, `userspace` for Weft's own; `auto` takes the module where there is one", setWord(func(s *settings) *string { return &s.wireguard }, "auto", "kernel", "userspace")},
 		{"WEFT_WIREGUARD_KEY_AGE", "720h", "age at which a host changes its WireGuard key, as `720h`; `0` for never", setKeyAge},

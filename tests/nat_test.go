@@ -114,6 +114,9 @@ func (n *nat) insideAndOutside(t *testing.T) {
 			}
 		}
 	}
+	for _, h := range n.lab.Hosts {
+		says(t, h, nil)
+	}
 	time.Sleep(1200 * time.Millisecond) // tcpdump is told of packets after a second at most
 	packets := func(in []string, from netip.Addr, of *hosts.Host, to netip.Addr, at *hosts.Host) (count int) {
 		for _, l := range in {
