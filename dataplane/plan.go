@@ -41,9 +41,10 @@ const (
 	KindNeigh                 // permanent neighbour on a link of ours
 	KindFDB                   // static forwarding entry on a link of ours
 	KindDest                  // entry in a map of the program
+	KindService               // the same
 )
 
-var kindNames = [...]string{"set", "chain", "jump", "rule", "blackhole", "program", "wireguard", "peer", "bridge", "vxlan", "veth", "route", "neigh", "fdb", "dest"}
+var kindNames = [...]string{"set", "chain", "jump", "rule", "blackhole", "program", "wireguard", "peer", "bridge", "vxlan", "veth", "route", "neigh", "fdb", "dest", "service"}
 
 func (k Kind) String() string { return kindNames[k] }
 

@@ -34,21 +34,34 @@ type Port struct {
 	Other      bool // the guard lets ethertypes pass that are not IPv4, IPv6 or ARP
 	Fast       bool // known destinations are reached past the host's stack
 	Routed     bool // the host is the next hop of every packet
+	Services   bool // of the network: virtual addresses are answered
 }
 
 // Dest is a destination that the port program knows: in a bridged network a MAC, in a
 // routed one an address.
 type Dest struct {
-	VNI    store.VNI
-	MAC    store.MAC  // of the endpoint
-	IP     netip.Addr // of the endpoint on a routed network; else the zero Addr
-	Link   string     // host's side of the link of an endpoint of this host; or
-	Peer   netip.Addr // IPv4 underlay address of its host
-	Direct bool       // the peer is on the underlay's link
-	Stack  bool       // the host's stack must see all of its packets: some are translated
+	VNI      store.VNI
+	MAC      store.MAC  // of the endpoint
+	IP       netip.Addr // of the endpoint on a routed network; else the zero Addr
+	Link     string     // host's side of the link of an endpoint of this host; or
+	Peer     netip.Addr // IPv4 underlay address of its host
+	Direct   bool       // the peer is on the underlay's link
+	Services bool       // Link's endpoint may have asked a virtual address
+	Stack    bool       // the host's stack must see all of its packets: some are translated
 }
 
+// Service is a virtual address that the program answers, and the tasks behind it.
+type Service struct {
+	VNI      store.VNI
+	VIP      netip.Addr // IPv4
+	Backends string     // "10.1.0.2 02:…", sorted by address, separated by commas; at most MaxBackends
+}
+
+// MaxBackends is how many tasks of a service the program knows.
+const MaxBackends = 512
+
 func (Program) object() {}
+func (Service) object() {}
 func (Dest) object()    {}
 
 // Key implements Object.
@@ -60,6 +73,13 @@ func (o Dest) Key() Key {
 		return Key{Kind: KindDest, IP: o.IP}
 	}
 	return Key{Kind: KindDest, MAC: o.MAC}
+}
+
+// Key implements Object.
+func (o Service) Key() Key { return Key{Kind: KindService, IP: o.VIP} }
+
+func (o Service) String() string {
+	return fmt.Sprintf("service %s {%s} vni %d", o.VIP, o.Backends, o.VNI)
 }
 
 func (o Program) String() string {
@@ -81,7 +101,7 @@ func (o Port) String() string {
 	for _, f := range []struct {
 		on   bool
 		name string
-	}{{o.Guard, "guard"}, {o.Other, "ethertypes"}, {o.Fast, "fast"}, {o.Routed, "routed"}} {
+	}{{o.Guard, "guard"}, {o.Other, "ethertypes"}, {o.Fast, "fast"}, {o.Routed, "routed"}, {o.Services, "services"}} {
 		if f.on {
 			s = append(s, f.name)
 		}
@@ -111,6 +131,9 @@ func (o Dest) String() string {
 	if o.Stack {
 		s += " stack"
 	}
+	if o.Services {
+		s += " services"
+	}
 	return s + fmt.Sprintf(" vni %d", o.VNI)
 }
 
@@ -136,21 +159,23 @@ func planProgram(p Plan, s store.HostSnapshot, u Underlay) {
 func fast(n store.Network) bool { return !n.SlowPath }
 
 // portOf returns what the port program must know of an endpoint.
-func portOf(n store.Network, e store.Endpoint, u Underlay) Port {
+func portOf(s store.Snapshot, e store.Endpoint, u Underlay) Port {
+	n := *s.Network
 	if !u.Program || n.Unguarded && n.SlowPath {
 		return Port{}
 	}
 	return Port{VNI: n.VNI, MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(), Guard: !n.Unguarded, Other: n.AnyEthertype,
 		// The answers of a published port may have to be translated back.
-		Fast: !n.SlowPath && !(n.Routed() && len(e.Ports) > 0), Routed: n.Routed()}
+		Fast: !n.SlowPath && !(n.Routed() && len(e.Ports) > 0), Routed: n.Routed(), Services: len(s.Services) > 0 && !n.SlowPath}
 }
 
 // planLocalDests makes an endpoint of this host known to the program.
-func planLocalDests(p Plan, n store.Network, e store.Endpoint, u Underlay) {
+func planLocalDests(p Plan, s store.Snapshot, e store.Endpoint, u Underlay) {
+	n := *s.Network
 	if !u.Program || n.SlowPath {
 		return
 	}
-	o := Dest{VNI: n.VNI, MAC: e.MAC, Link: VethName(e.ID), Stack: n.Routed() && len(e.Ports) > 0}
+	o := Dest{VNI: n.VNI, MAC: e.MAC, Link: VethName(e.ID), Stack: n.Routed() && len(e.Ports) > 0, Services: len(s.Services) > 0}
 	if !n.Routed() {
 		p.Add(o)
 		return
@@ -166,5 +191,38 @@ func planLocalDests(p Plan, n store.Network, e store.Endpoint, u Underlay) {
 func planDest(p Plan, o Dest, n store.Network, u Underlay) {
 	if u.Program && !n.SlowPath && u.Address.Is4() && o.Peer.Is4() {
 		p.Add(o)
+	}
+}
+
+// planServices makes the program answer the virtual addresses of services, each for the
+// tasks of which this host knows the endpoint, on a host that is not silent.
+func planServices(p Plan, s store.Snapshot, u Underlay) {
+	if !u.Program || s.Network.SlowPath || len(s.Services) == 0 {
+		return
+	}
+	macs, silent := map[netip.Addr]store.MAC{}, map[store.HostID]bool{}
+	for _, peer := range s.Peers {
+		silent[peer.ID] = !peer.DeadSince.IsZero()
+	}
+	for _, e := range s.Remote {
+		if !silent[e.Owner] {
+			macs[e.IPv4] = e.MAC
+		}
+	}
+	for _, e := range s.Endpoints {
+		if !e.Left {
+			macs[e.IPv4.Addr()] = e.MAC
+		}
+	}
+	for _, service := range s.Services {
+		var all []string
+		for _, a := range service.Backends {
+			if mac, ok := macs[a]; ok && a.Is4() && len(all) < MaxBackends {
+				all = append(all, a.String()+" "+mac.String())
+			}
+		}
+		if service.VIP.Is4() {
+			p.Add(Service{VNI: s.VNI, VIP: service.VIP, Backends: strings.Join(all, ",")})
+		}
 	}
 }

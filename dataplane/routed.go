@@ -28,7 +28,7 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 		}
 		veth := VethName(e.ID)
 		o := Veth{Name: veth, Alias: EndpointAlias(e), MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "",
-			Program: portOf(n, e, u), Router: NewRouter(len(e.Ports) > 0 && e.IPv4.IsValid(), n.GatewayOf(e.IPv4.Addr()), n.GatewayOf(e.IPv6.Addr()))}
+			Program: portOf(s, e, u), Router: NewRouter(len(e.Ports) > 0 && e.IPv4.IsValid(), n.GatewayOf(e.IPv4.Addr()), n.GatewayOf(e.IPv6.Addr()))}
 		for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
 			if !a.IsValid() {
 				continue
@@ -38,8 +38,9 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 			p.Add(Neigh{Link: veth, IP: a, MAC: e.MAC})
 		}
 		p.Add(o)
-		planLocalDests(p, n, e, u)
+		planLocalDests(p, s, e, u)
 	}
+	planServices(p, s, u)
 	switch {
 	case n.Encrypted:
 		planEncrypted(p, s, u, taken)

@@ -129,8 +129,9 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	}
 	inner := InnerMTU(n, s.Self, s.Around, u)
 	for _, e := range s.Endpoints {
-		planEndpoint(p, n, e, u, inner)
+		planEndpoint(p, s, e, u, inner)
 	}
+	planServices(p, s, u)
 	// Without an underlay the network works on this host.
 	if !u.Address.IsValid() {
 		return p, nil
@@ -142,15 +143,15 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	return p, nil
 }
 
-func planEndpoint(p Plan, n store.Network, e store.Endpoint, u Underlay, inner int) {
+func planEndpoint(p Plan, s store.Snapshot, e store.Endpoint, u Underlay, inner int) {
 	if e.Left {
 		return
 	}
 	veth := VethName(e.ID)
-	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: BridgeName(n.VNI), MAC: e.MAC, MTU: inner, Up: true, Joined: e.Sandbox != "",
-		Hairpin: len(e.Ports) > 0, Program: portOf(n, e, u)})
+	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: BridgeName(s.VNI), MAC: e.MAC, MTU: inner, Up: true, Joined: e.Sandbox != "",
+		Hairpin: len(e.Ports) > 0, Program: portOf(s, e, u)})
 	p.Add(FDB{Link: veth, MAC: e.MAC, Master: true})
-	planLocalDests(p, n, e, u)
+	planLocalDests(p, s, e, u)
 }
 
 // planRemote adds what is needed to reach the peers' endpoints. Where two records

@@ -24,7 +24,7 @@ import (
 // of those on every host and in docker network inspect, and comes back to it when
 // another manager becomes the leader.
 const (
-	optVNI = "weft.vni"
+	OptVNI = "weft.vni"
 	OptKey = "weft.key"
 	// optMeet lets hosts find each other on which the plugin was enabled after they
 	// formed the Swarm: Docker then tells each of them of itself alone.
@@ -111,7 +111,7 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 	if out == nil {
 		out = map[string]string{}
 	}
-	out[optVNI], out[OptKey] = strconv.Itoa(int(a.VNI)), hex.EncodeToString(a.Key)
+	out[OptVNI], out[OptKey] = strconv.Itoa(int(a.VNI)), hex.EncodeToString(a.Key)
 	if len(a.Meet) > 0 {
 		out[optMeet] = joined(a.Meet)
 	}
@@ -121,7 +121,7 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 // decide returns the allocation that stands or that n asks for.
 func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.Allocation, error) {
 	given := maps.Clone(n.Options)
-	delete(given, optVNI)
+	delete(given, OptVNI)
 	delete(given, OptKey)
 	delete(given, optMeet)
 	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given, Meet: n.Meet}

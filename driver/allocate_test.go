@@ -37,8 +37,8 @@ func TestAllocationIsRepeated(t *testing.T) {
 		t.Errorf("the user's options are not echoed: %v", first)
 	}
 	// The VNI must never change for an id: managers of several versions derive it.
-	if first[optVNI] != "12639212" || len(first[OptKey]) != 64 {
-		t.Errorf("answered vni %s and a key of %d digits", first[optVNI], len(first[OptKey]))
+	if first[OptVNI] != "12639212" || len(first[OptKey]) != 64 {
+		t.Errorf("answered vni %s and a key of %d digits", first[OptVNI], len(first[OptKey]))
 	}
 	for name, options := range map[string]map[string]string{"answer lost": given, "former answer": first} {
 		if again := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", options)); !maps.Equal(again, first) {
@@ -69,7 +69,7 @@ func TestAllocationIsRepeated(t *testing.T) {
 func TestAllocationAvoidsTakenVNIs(t *testing.T) {
 	d, _ := newDriver(t)
 	addRemote(t, d, "beta", deriveVNI(swarmNet, 0), "10.99.0.0/24", "10.99.0.7", store.MAC{2, 0, 0, 0, 0, 1})
-	if got := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil)); got[optVNI] == "12639212" {
+	if got := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil)); got[OptVNI] == "12639212" {
 		t.Error("allocated the VNI of a network on a peer")
 	}
 }
@@ -84,7 +84,7 @@ func TestAllocationIsRefused(t *testing.T) {
 	}{
 		{allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1300", "vni": "5000"}), "1400"},
 		{allocation(swarmNet, "10.91.0.0/24", map[string]string{"mtu": "1400", "vni": "5000"}), "10.90.0.0/24"},
-		{allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1400", "vni": "5000", optVNI: "5002"}), "contradict"},
+		{allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1400", "vni": "5000", OptVNI: "5002"}), "contradict"},
 		{allocation("another", "10.92.0.0/24", map[string]string{"vni": "5000"}), "belongs to Swarm network"},
 		{allocation("another", "10.90.0.0/25", nil), "overlaps [10.90.0.0/24] of Swarm network"},
 		{allocation("another", "10.92.0.0/24", map[string]string{"vni": "5001"}), "on host beta"},

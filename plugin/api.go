@@ -23,6 +23,7 @@ type statusReply struct {
 	Underlay  underlayReply `json:"underlay,omitzero"`
 	IPTables  string        `json:"iptables,omitempty"`  // backend in use
 	Program   string        `json:"program,omitempty"`   // "on", or why the port program is off
+	Answered  []netip.Addr  `json:"answered,omitempty"`  // virtual addresses of services of which hosts are told
 	UserRules int           `json:"userRules,omitempty"` // in DOCKER-USER
 	Scope     string        `json:"scope"`
 	Swarm     swarmReply    `json:"swarm,omitzero"`

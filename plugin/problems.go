@@ -31,10 +31,7 @@ func (p *process) status() (statusReply, error) {
 		return s, nil
 	}
 	s.Host, s.IPTables, s.Rebuilt = svc.db.Self(), svc.kernel.Backend(), svc.rebuilt
-	s.Program, s.UserRules = "on", svc.kernel.UserRules()
-	if err := p.program.Err(); err != nil {
-		s.Program = "off: " + err.Error()
-	}
+	s.Program, s.UserRules = programState(p.program), svc.kernel.UserRules()
 	u := svc.loop.Underlay()
 	s.Underlay = underlayReply{Address: u.Address, Link: u.Link, MTU: u.MTU}
 	if u.NoChecksum {
@@ -44,6 +41,9 @@ func (p *process) status() (statusReply, error) {
 	s.Loop = loopReply{Passes: stats.Passes, Ops: stats.Ops, Failures: stats.Failures, Repaired: stats.Repaired}
 	var err error
 	if s.Records, err = countRecords(svc.db); err != nil {
+		return s, err
+	}
+	if err := svc.db.View(func(tx *store.Tx) (err error) { s.Answered, err = answered(tx); return err }); err != nil {
 		return s, err
 	}
 	if s.Swarm, err = svc.swarm(); err != nil {
@@ -78,6 +78,14 @@ func (p *process) status() (statusReply, error) {
 		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), noForward: notForwarding(cmp.Or(p.sysnet(), "/proc/sys/net")), xtablesShared: !isDevice(xtablesLock),
 	})...)
 	return s, nil
+}
+
+// programState says whether the port program is on, or why not.
+func programState(p *kernel.Program) string {
+	if err := p.Err(); err != nil {
+		return "off: " + err.Error()
+	}
+	return "on"
 }
 
 // notForwarding returns the settings that would let this host forward IPv4, if it does

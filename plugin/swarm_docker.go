@@ -38,7 +38,9 @@ type (
 		ManagerStatus struct{ Leader bool }
 	}
 	dockerService struct {
-		Spec struct {
+		ID      string
+		Version struct{ Index uint64 }
+		Spec    struct {
 			Name         string
 			Labels       map[string]string
 			EndpointSpec struct{ Ports []dockerPort }
@@ -53,7 +55,8 @@ type (
 		PublishMode               string
 	}
 	dockerTask struct {
-		ID                  string
+		ID, ServiceID       string
+		Version             struct{ Index uint64 }
 		Status              struct{ State string }
 		DesiredState        string
 		NetworksAttachments []struct {

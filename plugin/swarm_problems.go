@@ -198,7 +198,8 @@ func (v swarmView) differences() (out []problem) {
 }
 
 // virtual names the services whose virtual address nobody answers: Docker makes its
-// load balancer for its own overlay networks alone.
+// load balancer for its own overlay networks alone, and Weft does where the leader's
+// plugin may ask Docker.
 func (v swarmView) virtual() (out []problem) {
 	names := map[string]string{}
 	for _, n := range v.networks {
@@ -209,7 +210,8 @@ func (v swarmView) virtual() (out []problem) {
 		var where []string
 		for _, ip := range s.Endpoint.VirtualIPs {
 			// With --config-from Docker gives none: the name resolves to the tasks.
-			if name, ours := names[ip.NetworkID]; ours && ip.Addr != "" {
+			addr, err := netip.ParseAddr(withoutBits(ip.Addr))
+			if name, ours := names[ip.NetworkID]; ours && err == nil && !(v.status.Program == "on" && slices.Contains(v.status.Answered, addr)) {
 				where = append(where, fmt.Sprintf("%s on network %s", withoutBits(ip.Addr), name))
 			}
 		}
@@ -242,7 +244,7 @@ func (s dockerService) virtual(where string) problem {
 		ports += fmt.Sprintf(" --publish-rm %s/%s --publish-add mode=host,target=%d%s,protocol=%[2]s", old, p.Protocol, p.TargetPort, published)
 	}
 	out := problem{
-		Text:   fmt.Sprintf("service %s: nobody answers its virtual address, %s; tasks.%[1]s resolves to its tasks, and with the mode dnsrr its name does", s.Spec.Name, where),
+		Text:   fmt.Sprintf("service %s: nobody answers its virtual address, %s; tasks.%[1]s resolves to its tasks, and with the mode dnsrr its name does; or let the plugins of managers ask Docker (docker.source, README), and hosts answer it", s.Spec.Name, where),
 		Remedy: fmt.Sprintf("docker service update --endpoint-mode dnsrr%s %s", ports, s.Spec.Name),
 	}
 	inFile := "endpoint_mode: dnsrr under deploy"

@@ -32,12 +32,14 @@ var (
 	bucketLeases    = []byte("leases")    // Pool.ID NUL address → Lease
 	bucketAllocs    = []byte("allocs")    // NetworkID → Allocation
 	bucketNodes     = []byte("nodes")     // address → Node
+	bucketServices  = []byte("services")  // HostID → []Service that it told
 
 	// By the schema that brought them.
 	buckets = [Schema + 1][][]byte{
 		1: {bucketMeta, bucketNetworks, bucketEndpoints, bucketSeq, bucketGone,
 			bucketPeers, bucketPeerNets, bucketRemote, bucketPools, bucketLeases},
 		2: {bucketAllocs, bucketNodes},
+		3: {bucketServices},
 	}
 )
 

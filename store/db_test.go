@@ -352,7 +352,7 @@ func TestOlderSchemaIsMigrated(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := errors.Join(bolt.Update(func(tx *bbolt.Tx) error {
-		return errors.Join(tx.DeleteBucket([]byte("allocs")), tx.DeleteBucket([]byte("nodes")),
+		return errors.Join(tx.DeleteBucket([]byte("allocs")), tx.DeleteBucket([]byte("nodes")), tx.DeleteBucket([]byte("services")),
 			tx.Bucket([]byte("meta")).Put([]byte("schema"), binary.BigEndian.AppendUint64(nil, 1)))
 	}), bolt.Close()); err != nil {
 		t.Fatal(err)

@@ -48,6 +48,9 @@ func (tx *Tx) ForgetPeer(id HostID) error {
 			return err
 		}
 	}
+	if err := tx.PutServices(id, false, nil); err != nil {
+		return err
+	}
 	tx.touch(HostVNI)
 	tx.peersWritten = true
 	return tx.tx.Bucket(bucketPeers).Delete([]byte(id))

@@ -13,7 +13,7 @@ import (
 
 // Schema is the version of the database's layout that this build writes. A newer
 // one is refused, an older one is migrated by prepareSchema.
-const Schema = 2
+const Schema = 3
 
 var (
 	keySchema  = []byte("schema")
@@ -113,6 +113,7 @@ func checkRecords(b *bbolt.Tx) error {
 		{bucketLeases, decodes[Lease]},
 		{bucketAllocs, decodes[Allocation]},
 		{bucketNodes, decodes[Node]},
+		{bucketServices, decodes[[]Service]},
 	} {
 		if err := check(c.bucket, c.decode); err != nil {
 			return err

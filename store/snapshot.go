@@ -17,6 +17,8 @@ type Snapshot struct {
 	Hidden    []Peer           // that run the network as far as we know, but are hidden
 	// Around is Peers, also where those are left out: packets must fit the ways to all.
 	Around []Peer
+	// Services are the virtual addresses of the network, sorted.
+	Services []Service
 }
 
 // HostSnapshot is one consistent copy of all that decides what the kernel must
@@ -45,6 +47,9 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 		}
 		s.Network = &n
 		if s.Endpoints, err = tx.Endpoints(n.ID); err != nil {
+			return err
+		}
+		if s.Services, err = tx.Services(n); err != nil {
 			return err
 		}
 		shared := n.Shared()
@@ -76,6 +81,9 @@ func (db *DB) EndpointSnapshot(v VNI, id EndpointID) (Snapshot, error) {
 		e, err := tx.Endpoint(n.ID, id)
 		s.Endpoints = []Endpoint{e}
 		if err != nil {
+			return err
+		}
+		if s.Services, err = tx.Services(n); err != nil {
 			return err
 		}
 		s.Around, err = tx.Around(n)

@@ -3,6 +3,7 @@ package kernel
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -55,68 +56,66 @@ func (k *Kernel) filters(index int32, parent uint32) ([]filter, error) {
 	return out, nil
 }
 
-// filterOf returns the name of our filter on the link, or "".
-func (k *Kernel) filterOf(index int32) (string, error) {
-	all, err := k.filters(index, netlink.HANDLE_MIN_INGRESS)
-	for _, f := range all {
-		if f.ours {
-			return f.name, err
-		}
-	}
-	return "", err
+// parents are where a program stands on its link.
+var parents = [...]uint32{onEndpoint: netlink.HANDLE_MIN_INGRESS, onUnderlay: netlink.HANDLE_MIN_INGRESS, onEgress: netlink.HANDLE_MIN_EGRESS}
+
+// stands reports whether the program stands on the link as this process would put it.
+func (k *Kernel) stands(index int32, where int) (bool, error) {
+	all, err := k.filters(index, parents[where])
+	return slices.ContainsFunc(all, func(f filter) bool { return f.name == k.program.name[where] }), err
 }
 
 // attach makes the program stand on the link, in place of an older one at once.
 func (k *Kernel) attach(index int32, where int) error {
-	if name, err := k.filterOf(index); err != nil || name == k.program.name[where] {
+	if there, err := k.stands(index, where); err != nil || there {
 		return err
 	}
-	attrs := netlink.QdiscAttrs{LinkIndex: int(index), Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}
-	err := k.handle.QdiscAdd(&netlink.GenericQdisc{QdiscAttrs: attrs, QdiscType: "clsact"})
+	err := k.handle.QdiscAdd(clsact(index))
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("clsact: %w", err)
 	}
-	prog := *k.program.programs()[where]
-	err = k.handle.FilterReplace(&netlink.BpfFilter{
-		FilterAttrs: netlink.FilterAttrs{LinkIndex: int(index), Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: filterPriority},
-		Fd:          prog.FD(), Name: k.program.name[where], DirectAction: true,
-	})
-	if err != nil {
+	f := ourFilter(index, parents[where])
+	f.Fd, f.Name, f.DirectAction = (*k.program.programs()[where]).FD(), k.program.name[where], true
+	if err := k.handle.FilterReplace(f); err != nil {
 		return fmt.Errorf("attach the port program: %w", err)
 	}
 	return nil
 }
 
-// detach takes our filter off the link, and the place for filters if nobody else's is
+func clsact(index int32) netlink.Qdisc {
+	attrs := netlink.QdiscAttrs{LinkIndex: int(index), Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}
+	return &netlink.GenericQdisc{QdiscAttrs: attrs, QdiscType: "clsact"}
+}
+
+func ourFilter(index int32, parent uint32) *netlink.BpfFilter {
+	return &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: int(index), Parent: parent, Handle: 1, Protocol: unix.ETH_P_ALL, Priority: filterPriority}}
+}
+
+// detach takes our filters off the link, and the place for filters if nobody else's is
 // there.
 func (k *Kernel) detach(index int32) error {
-	all, err := k.filters(index, netlink.HANDLE_MIN_INGRESS)
-	if err != nil || !containsOurs(all) {
-		return err
-	}
-	err = k.handle.FilterDel(&netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: int(index), Parent: netlink.HANDLE_MIN_INGRESS,
-		Handle: 1, Protocol: unix.ETH_P_ALL, Priority: filterPriority}})
-	if err != nil && !gone(err) {
-		return fmt.Errorf("detach the port program: %w", err)
-	}
+	found, others := false, false
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		if left, err := k.filters(index, parent); err != nil || len(left) > 0 {
+		all, err := k.filters(index, parent)
+		if err != nil {
 			return err
 		}
+		for _, f := range all {
+			if !f.ours {
+				others = true
+				continue
+			}
+			found = true
+			if err := k.handle.FilterDel(ourFilter(index, parent)); err != nil && !gone(err) {
+				return fmt.Errorf("detach the port program: %w", err)
+			}
+		}
 	}
-	err = k.handle.QdiscDel(&netlink.GenericQdisc{QdiscType: "clsact",
-		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: int(index), Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT}})
-	if err != nil && !gone(err) && !errors.Is(err, unix.EINVAL) {
+	if !found || others {
+		return nil
+	}
+	if err := k.handle.QdiscDel(clsact(index)); err != nil && !gone(err) && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("clsact: %w", err)
 	}
 	return nil
-}
-
-func containsOurs(all []filter) bool {
-	for _, f := range all {
-		if f.ours {
-			return true
-		}
-	}
-	return false
 }

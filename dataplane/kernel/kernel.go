@@ -13,7 +13,7 @@
 //	route.go     routes of our table and the rules that lead to it
 //	tunnel.go    WireGuard devices and their peers; userspace.go those of this process
 //	program.go   the port program (bpf/); filter.go where it stands; port.go, dest.go and
-//	             counters.go what it knows and tells; programmap.go its maps
+//	             service.go and counters.go what it knows and tells; programmap.go its maps
 //	entry.go     forwarding entries and neighbours
 //	set.go       sets
 //	rules.go     chains and jumps as iptables-save tells them; restore.go writes them
@@ -197,6 +197,9 @@ func (k *Kernel) Read(ctx context.Context, v store.VNI) (dataplane.Plan, error) 
 	if err := k.readDests(p, names, v); err != nil {
 		return nil, err
 	}
+	if err := k.readServices(p, v); err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -245,7 +248,7 @@ func classOf(o dataplane.Op) class {
 		return classEntry
 	case dataplane.Dest:
 		return classDest
-	case dataplane.RouteRule, dataplane.TunnelPeer, dataplane.Program:
+	case dataplane.RouteRule, dataplane.TunnelPeer, dataplane.Program, dataplane.Service:
 		return classSet
 	}
 	if o.Verb == dataplane.Delete {
@@ -288,7 +291,7 @@ func failPoint(verb dataplane.Verb, kind dataplane.Kind) string {
 func FailPoints() []string {
 	var out []string
 	for _, verb := range []dataplane.Verb{dataplane.Put, dataplane.Delete} {
-		for kind := dataplane.KindSet; kind <= dataplane.KindDest; kind++ {
+		for kind := dataplane.KindSet; kind <= dataplane.KindService; kind++ {
 			out = append(out, failPoint(verb, kind))
 		}
 	}
@@ -327,6 +330,8 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 			errs[i] = k.putTunnel(o)
 		case dataplane.TunnelPeer:
 			errs[i] = k.applyPeer(op, o)
+		case dataplane.Service:
+			errs[i] = k.applyService(op.Verb, o)
 		case dataplane.Program:
 			if op.Verb == dataplane.Delete {
 				errs[i] = k.deleteProgram()

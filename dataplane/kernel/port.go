@@ -61,9 +61,9 @@ func (k *Kernel) readProgram(p dataplane.Plan) error {
 	for _, l := range links {
 		there[uint32(l.index)] = true
 		if uint32(l.index) == s.Underlay {
-			if name, err := k.filterOf(l.index); err != nil {
+			if there, err := k.stands(l.index, onUnderlay); err != nil {
 				return err
-			} else if name == k.program.name[onUnderlay] {
+			} else if there {
 				o.Underlay = l.name
 			}
 		}
@@ -173,7 +173,8 @@ func (k *Kernel) deleteProgram() error {
 	}
 	return errors.Join(
 		m.WeftSettings.Put(uint32(0), bpf.ProgramSettings{}),
-		clearMap[uint32, bpf.ProgramPort](m.WeftPorts), clearMap[bpf.ProgramDestKey, bpf.ProgramDest](m.WeftDests),
+		clearMap[uint32, bpf.ProgramPort](m.WeftPorts), clearMap[bpf.ProgramDestKey, bpf.ProgramDest](m.WeftDests), clearMap[bpf.ProgramDestKey, bpf.ProgramService](m.WeftServices),
+		clearMap[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftFlowsTo), clearMap[bpf.ProgramFlow, uint32](m.WeftFlowsFrom),
 		replaceKeys(m.WeftPeers, nil), k.program.unpin())
 }
 
@@ -191,10 +192,16 @@ func (k *Kernel) readPort(l *link) (dataplane.Port, error) {
 	if err != nil {
 		return dataplane.Port{}, fmt.Errorf("read the program's endpoint %s: %w", l.name, err)
 	}
-	if name, err := k.filterOf(l.index); err != nil || name != k.program.name[onEndpoint] {
+	if there, err := k.stands(l.index, onEndpoint); err != nil || !there {
 		return dataplane.Port{}, err
 	}
-	return portObject(v), nil
+	o := portObject(v)
+	if o.Services { // a filter more does no harm
+		there, err := k.stands(l.index, onEgress)
+		o.Services = there
+		return o, err
+	}
+	return o, nil
 }
 
 // putPort makes the program stand on the endpoint's link, before that is set up.
@@ -213,6 +220,11 @@ func (k *Kernel) putPort(index int32, o dataplane.Port) error {
 	zero := make([]bpf.ProgramCounters, ebpf.MustPossibleCPU())
 	if err := m.WeftCounters.Update(uint32(index), zero, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 		return fmt.Errorf("counters of the port program: %w", err)
+	}
+	if o.Services {
+		if err := k.attach(index, onEgress); err != nil {
+			return err
+		}
 	}
 	return k.attach(index, onEndpoint)
 }

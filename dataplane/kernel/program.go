@@ -25,9 +25,11 @@ const (
 	portOther  = 2
 	portFast   = 4
 	portRouted = 8
+	portVIPs   = 16
 
 	destStack  = 1
 	destDirect = 2
+	destVIPs   = 4
 )
 
 const (
@@ -47,7 +49,7 @@ type Program struct {
 	pins    string // folder, or ""
 	pinned  bool   // by this process
 	// name of a filter: the same one has the same program and maps.
-	name    [2]string   // by where it stands
+	name    [3]string   // by where it stands
 	used    atomic.Bool // the host has networks
 	cleared atomic.Bool // a map was; Watch tells of it
 
@@ -61,6 +63,7 @@ type Program struct {
 const (
 	onEndpoint = iota
 	onUnderlay
+	onEgress // of an endpoint's link
 )
 
 type dest struct {
@@ -123,8 +126,8 @@ func (p *Program) identify() error {
 		return err
 	}
 	id, _ := info.ID()
-	for i, prog := range []*ebpf.Program{p.objects.WeftFromContainer, p.objects.WeftFromUnderlay} {
-		info, err := prog.Info()
+	for i, prog := range p.programs() {
+		info, err := (*prog).Info()
 		if err != nil {
 			return err
 		}
@@ -136,13 +139,13 @@ func (p *Program) identify() error {
 // maps returns the maps by name, in a fixed order.
 func (p *Program) maps() (names []string, all []**ebpf.Map) {
 	m := &p.objects.ProgramMaps
-	return []string{"weft_settings", "weft_ports", "weft_dests", "weft_peers", "weft_counters"},
-		[]**ebpf.Map{&m.WeftSettings, &m.WeftPorts, &m.WeftDests, &m.WeftPeers, &m.WeftCounters}
+	return []string{"weft_settings", "weft_ports", "weft_dests", "weft_peers", "weft_counters", "weft_services", "weft_flows_to", "weft_flows_from"},
+		[]**ebpf.Map{&m.WeftSettings, &m.WeftPorts, &m.WeftDests, &m.WeftPeers, &m.WeftCounters, &m.WeftServices, &m.WeftFlowsTo, &m.WeftFlowsFrom}
 }
 
 // programs returns the programs in the order of where they stand.
 func (p *Program) programs() []**ebpf.Program {
-	return []**ebpf.Program{&p.objects.WeftFromContainer, &p.objects.WeftFromUnderlay}
+	return []**ebpf.Program{&p.objects.WeftFromContainer, &p.objects.WeftFromUnderlay, &p.objects.WeftToContainer}
 }
 
 // Files returns what InheritProgram in a child process needs, and Err is nil then.

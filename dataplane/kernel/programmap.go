@@ -85,7 +85,7 @@ type portFlag struct {
 }
 
 func portFlags(o *dataplane.Port) []portFlag {
-	return []portFlag{{&o.Guard, portGuard}, {&o.Other, portOther}, {&o.Fast, portFast}, {&o.Routed, portRouted}}
+	return []portFlag{{&o.Guard, portGuard}, {&o.Other, portOther}, {&o.Fast, portFast}, {&o.Routed, portRouted}, {&o.Services, portVIPs}}
 }
 
 // destKey is the key of a destination: a MAC of a bridged network by its number, an
@@ -105,13 +105,16 @@ func destValue(o dataplane.Dest, link uint32) bpf.ProgramDest {
 	if o.Direct {
 		v.Flags |= destDirect
 	}
+	if o.Services {
+		v.Flags |= destVIPs
+	}
 	return v
 }
 
 // destObject returns a destination; that of a link without a name is none that anybody
 // wants.
 func destObject(d dest, names map[int32]string) dataplane.Dest {
-	o := dataplane.Dest{VNI: store.VNI(d.value.Vni), MAC: d.value.Mac, Stack: d.value.Flags&destStack != 0, Direct: d.value.Flags&destDirect != 0}
+	o := dataplane.Dest{VNI: store.VNI(d.value.Vni), MAC: d.value.Mac, Stack: d.value.Flags&destStack != 0, Direct: d.value.Flags&destDirect != 0, Services: d.value.Flags&destVIPs != 0}
 	if d.key.Vni == 0 {
 		o.IP = netip.AddrFrom16(toBytes(d.key.At)).Unmap()
 	}

@@ -141,6 +141,9 @@ func (m *Memory) networks() []store.VNI {
 	for k, o := range m.objects {
 		_, route := o.(dataplane.Route)
 		_, dest := o.(dataplane.Dest)
+		if _, ok := o.(dataplane.Service); ok {
+			dest = true
+		}
 		if (isLink(k.Kind) && k.Kind != dataplane.KindWireGuard || route || dest) && !m.foreign[k] {
 			all[m.network(o)] = true
 		}
@@ -415,6 +418,8 @@ func (m *Memory) network(o dataplane.Object) store.VNI {
 	case dataplane.Route:
 		return o.VNI
 	case dataplane.Dest:
+		return o.VNI
+	case dataplane.Service:
 		return o.VNI
 	case dataplane.Neigh:
 		return m.networkOf(o.Link)

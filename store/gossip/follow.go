@@ -125,14 +125,15 @@ func (s *stream) ask(q request) (answer, error) {
 			return answer{}, err
 		}
 		eps, nets := append(all.Endpoints, a.Endpoints...), append(all.Networks, a.Networks...)
-		if len(eps) > maxEndpoints || len(nets) > maxNetworks {
+		services := append(all.Services, a.Services...)
+		if len(eps) > maxEndpoints || len(nets) > maxNetworks || len(services) > maxNetworks {
 			return answer{}, fmt.Errorf("answer for vni %d has too many records", q.VNI)
 		}
 		more := a.More
 		if !first {
 			a.Revoked = all.Revoked
 		}
-		a.Endpoints, a.Networks, a.More = eps, nets, false
+		a.Endpoints, a.Networks, a.Services, a.More = eps, nets, services, false
 		all = a
 		if !more {
 			return all, nil
@@ -309,7 +310,7 @@ func (c *Cluster) mergeList(ctx context.Context, id store.HostID, a answer, befo
 				}
 			}
 			// What it revoked first: MergeNetworks notes which list this was.
-			return errors.Join(tx.MergeRevocations(id, a.Revoked), tx.MergeNetworks(id, a.Epoch, a.Seq, nets), tx.AdoptRevocations())
+			return errors.Join(tx.MergeRevocations(id, a.Revoked), tx.PutServices(id, false, a.Services), tx.MergeNetworks(id, a.Epoch, a.Seq, nets), tx.AdoptRevocations())
 		})
 		if err != nil {
 			return err

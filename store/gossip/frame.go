@@ -20,6 +20,7 @@ const (
 	maxFrame     = 16 << 20 // bytes of an answer
 	maxAsk       = 4 << 10  // bytes of a hello or request
 	chunk        = 4000     // records per answer frame
+	serviceChunk = 64       // services per answer frame, each of up to some thousand addresses
 	maxEndpoints = 1 << 18  // of one host in one network
 	maxPrefixes  = 64       // of one network
 )
@@ -46,8 +47,10 @@ type answer struct {
 	Networks []versioned `json:"networks,omitempty"`
 	// Revoked comes with the first part of a list of networks.
 	Revoked []store.Revocation `json:"revoked,omitempty"`
-	More    bool               `json:"more,omitempty"`
-	Err     string             `json:"err,omitempty"`
+	// Services come with a list of networks.
+	Services []store.Service `json:"services,omitempty"`
+	More     bool            `json:"more,omitempty"`
+	Err      string          `json:"err,omitempty"`
 }
 
 // versioned is a network with the version of the owner's endpoints in it.
@@ -101,6 +104,11 @@ func (a answer) check() error {
 			if !p.IsValid() {
 				return fmt.Errorf("prefix of network with vni %d is not valid", n.VNI)
 			}
+		}
+	}
+	for _, s := range a.Services {
+		if err := s.Check(); err != nil {
+			return err
 		}
 	}
 	for _, r := range a.Revoked {

@@ -222,13 +222,14 @@ func (s *server) answer(conn net.Conn, q request, id store.HostID) error {
 		s.c.log.Warn("cannot answer a peer", "vni", q.VNI, "err", err)
 		a = answer{Err: "the owner cannot read its database"}
 	}
-	eps, nets := a.Endpoints, a.Networks
+	eps, nets, services := a.Endpoints, a.Networks, a.Services
 	for {
 		part := a
 		n, m := min(len(eps), chunk), min(len(nets), chunk)
-		part.Endpoints, part.Networks = eps[:n], nets[:m]
-		eps, nets = eps[n:], nets[m:]
-		part.More = len(eps)+len(nets) > 0
+		s := min(len(services), serviceChunk)
+		part.Endpoints, part.Networks, part.Services = eps[:n], nets[:m], services[:s]
+		eps, nets, services = eps[n:], nets[m:], services[s:]
+		part.More = len(eps)+len(nets)+len(services) > 0
 		a.Revoked = nil
 		_ = conn.SetDeadline(time.Now().Add(ioTime))
 		if err := writeFrame(conn, part); err != nil || !part.More {
@@ -274,6 +275,9 @@ func (c *Cluster) read(q request, id store.HostID) (answer, error) {
 		}
 		if err == nil {
 			a.Revoked, err = tx.Revocations()
+		}
+		if err == nil {
+			a.Services, err = tx.ServicesOf(c.id)
 		}
 		return err
 	})

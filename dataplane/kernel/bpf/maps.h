@@ -36,6 +36,7 @@ struct port {
 #define PORT_GUARD 1  /* only its own addresses, no announcements of others' */
 #define PORT_OTHER 2  /* ethertypes other than IPv4, IPv6 and ARP pass the guard */
 #define PORT_FAST 4   /* known destinations are reached past the host's stack */
+#define PORT_VIPS 16 /* its network has services with virtual addresses */
 #define PORT_ROUTED 8 /* the host is the next hop of every packet */
 
 /* dest_key names a destination: in a bridged network by MAC, in a routed one by
@@ -53,7 +54,40 @@ struct dest {
 	__u16 flags;
 };
 #define DEST_STACK 1  /* the host's stack must see its packets: something is translated */
+#define DEST_VIPS 4   /* of an endpoint of this host: answers may have to be translated */
 #define DEST_DIRECT 2 /* routed: the peer is on the underlay's link */
+
+/* service is a virtual address (key) and the tasks behind it. */
+#define MAX_SERVICES 4096
+#define MAX_BACKENDS 512
+struct backend {
+	__u32 ip4;
+	__u8 mac[6];
+	__u16 zero;
+};
+
+struct service {
+	__u32 n;
+	struct backend backends[MAX_BACKENDS];
+};
+
+/* flow is one of a client, in one direction; of ICMP the source port is the identifier. */
+#define MAX_FLOWS 65536
+struct flow {
+	__u32 vni;
+	__u32 src;
+	__u32 dst;
+	__be16 sport;
+	__be16 dport;
+	__u32 proto;
+};
+
+/* flow_to is the task of a flow to a virtual address. */
+struct flow_to {
+	__u32 ip4;
+	__u8 mac[6];
+	__u16 zero;
+};
 
 /* counters of one port. */
 #define REASONS 16
@@ -124,3 +158,29 @@ struct {
 	__type(value, struct counters);
 	__uint(pinning, PINNED);
 } weft_counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_SERVICES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct dest_key);
+	__type(value, struct service);
+	__uint(pinning, PINNED);
+} weft_services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow);
+	__type(value, struct flow_to);
+	__uint(pinning, PINNED);
+} weft_flows_to SEC(".maps");
+
+/* weft_flows_from has the virtual address of a flow from a task to its client. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow);
+	__type(value, __u32);
+	__uint(pinning, PINNED);
+} weft_flows_from SEC(".maps");

@@ -139,5 +139,13 @@ static __always_inline void *at(struct __sk_buff *skb, __u32 offset)
 	return (void *)(long)skb->data + offset;
 }
 
+/* deliver hands a frame to the container behind a link, whose MAC it has: the link here
+ * has another one. */
+static __always_inline int deliver(struct __sk_buff *skb, __u32 link)
+{
+	bpf_skb_change_type(skb, 0 /* PACKET_HOST */);
+	return bpf_redirect_peer(link, 0);
+}
+
 /* holds reports whether n bytes from p can be read in place. */
 #define holds(skb, p, n) ((void *)(p) + (n) <= (void *)(long)(skb)->data_end)

@@ -5,6 +5,7 @@
  * ingress. What they do not know, or what is not plain, they leave to the bridge, the
  * routes and the rules, which are complete without them. */
 #include "guard.h"
+#include "vip.h"
 #include <linux/pkt_cls.h>
 
 /* send_to sends the packet out of a link to a neighbour there. */
@@ -97,6 +98,16 @@ static __always_inline int age(struct __sk_buff *skb, __be16 type)
 	return 1;
 }
 
+/* hand_over gives a packet to an endpoint of this host. */
+static __always_inline int hand_over(struct __sk_buff *skb, __be16 type, __u32 vni, const struct dest *d)
+{
+	__u32 link = d->link;
+
+	if ((d->flags & DEST_VIPS) && type == ETH_IP4 && !translate_back(skb, vni))
+		return TC_ACT_SHOT;
+	return deliver(skb, link);
+}
+
 /* route_to hands a packet to a local endpoint of a routed network. */
 static __always_inline int route_to(struct __sk_buff *skb, __be16 type, const struct dest *d)
 {
@@ -109,7 +120,7 @@ static __always_inline int route_to(struct __sk_buff *skb, __be16 type, const st
 		return TC_ACT_SHOT;
 	__builtin_memcpy(eth->dst, d->mac, 6);
 	__builtin_memset(eth->src, 0xee, 6); /* RouterMAC */
-	return bpf_redirect_peer(d->link, 0);
+	return hand_over(skb, type, d->vni, d);
 }
 
 /* plain reports whether the packet behind the Ethernet header is IP in one piece without
@@ -180,7 +191,7 @@ static __always_inline int forward(struct __sk_buff *skb, const struct port *p)
 		if (!d || (d->flags & DEST_STACK))
 			return TC_ACT_UNSPEC;
 		if (d->link)
-			return bpf_redirect_peer(d->link, 0);
+			return hand_over(skb, type, p->vni, d);
 		if (!d->peer || !s->self || !plain(skb, type, &src, &dst))
 			return TC_ACT_UNSPEC;
 		return encapsulate(skb, s, p, d);
@@ -200,6 +211,21 @@ static __always_inline int forward(struct __sk_buff *skb, const struct port *p)
 		return send_to(s->underlay, d->peer);
 	}
 	return TC_ACT_UNSPEC;
+}
+
+/* virtual looks for packets to virtual addresses. */
+static __always_inline int virtual(struct __sk_buff *skb, const struct port *p)
+{
+	struct eth *eth = at(skb, 0);
+
+	if (!holds(skb, eth, sizeof(*eth)))
+		return PASS_ON;
+	if (eth->type == ETH_ARP)
+		return answer_arp(skb, p);
+	/* Nobody else has the router's MAC, which is where they are said to be. */
+	if (eth->type == ETH_IP4 && eth->dst[0] == 0xee && eth->dst[5] == 0xee)
+		return translate(skb, p);
+	return PASS_ON;
 }
 
 SEC("tc")
@@ -226,7 +252,11 @@ int weft_from_container(struct __sk_buff *skb)
 		/* Headers may lie outside of the linear part. */
 		if (!holds(skb, at(skb, 0), sizeof(struct eth) + sizeof(struct ip6)))
 			bpf_skb_pull_data(skb, 0);
-		what = forward(skb, p);
+		what = PASS_ON;
+		if (p->flags & PORT_VIPS)
+			what = virtual(skb, p);
+		if (what == PASS_ON)
+			what = forward(skb, p);
 	}
 	if (c && what == TC_ACT_UNSPEC)
 		c->slow++;
@@ -298,7 +328,26 @@ int weft_from_underlay(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (bpf_skb_store_bytes(skb, 0, &inner, sizeof(inner), 0))
 		return TC_ACT_SHOT;
-	return bpf_redirect_peer(d->link, 0);
+	return hand_over(skb, inner.type, d->vni, d);
+}
+
+/* weft_to_container sees what the host's stack sends to an endpoint, on egress of its
+ * link. */
+SEC("tc")
+int weft_to_container(struct __sk_buff *skb)
+{
+	__u32 link = skb->ifindex;
+	struct port *p = bpf_map_lookup_elem(&weft_ports, &link);
+	struct eth *eth;
+
+	if (!p || !(p->flags & PORT_VIPS))
+		return TC_ACT_UNSPEC;
+	if (!holds(skb, at(skb, 0), L4 + 8))
+		bpf_skb_pull_data(skb, 0);
+	eth = at(skb, 0);
+	if (!holds(skb, eth, sizeof(*eth)) || eth->type != ETH_IP4)
+		return TC_ACT_UNSPEC;
+	return translate_back(skb, p->vni) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

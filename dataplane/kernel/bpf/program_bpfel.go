@@ -18,6 +18,13 @@ type ProgramAddr struct {
 	W [4]uint32
 }
 
+type ProgramBackend struct {
+	_    structs.HostLayout
+	Ip4  uint32
+	Mac  [6]uint8
+	Zero uint16
+}
+
 type ProgramCounters struct {
 	_       structs.HostLayout
 	Dropped [16]uint64
@@ -40,6 +47,23 @@ type ProgramDestKey struct {
 	At  ProgramAddr
 }
 
+type ProgramFlow struct {
+	_     structs.HostLayout
+	Vni   uint32
+	Src   uint32
+	Dst   uint32
+	Sport uint16
+	Dport uint16
+	Proto uint32
+}
+
+type ProgramFlowTo struct {
+	_    structs.HostLayout
+	Ip4  uint32
+	Mac  [6]uint8
+	Zero uint16
+}
+
 type ProgramPort struct {
 	_     structs.HostLayout
 	Vni   uint32
@@ -47,6 +71,12 @@ type ProgramPort struct {
 	Ip6   ProgramAddr
 	Mac   [6]uint8
 	Flags uint16
+}
+
+type ProgramService struct {
+	_        structs.HostLayout
+	N        uint32
+	Backends [512]ProgramBackend
 }
 
 type ProgramSettings struct {
@@ -63,11 +93,15 @@ type ProgramSettings struct {
 const (
 	ProgramMapWeftCounters       = "weft_counters"
 	ProgramMapWeftDests          = "weft_dests"
+	ProgramMapWeftFlowsFrom      = "weft_flows_from"
+	ProgramMapWeftFlowsTo        = "weft_flows_to"
 	ProgramMapWeftPeers          = "weft_peers"
 	ProgramMapWeftPorts          = "weft_ports"
+	ProgramMapWeftServices       = "weft_services"
 	ProgramMapWeftSettings       = "weft_settings"
 	ProgramProgWeftFromContainer = "weft_from_container"
 	ProgramProgWeftFromUnderlay  = "weft_from_underlay"
+	ProgramProgWeftToContainer   = "weft_to_container"
 )
 
 // LoadProgram returns the embedded CollectionSpec for Program.
@@ -114,17 +148,21 @@ type ProgramSpecs struct {
 type ProgramProgramSpecs struct {
 	WeftFromContainer *ebpf.ProgramSpec `ebpf:"weft_from_container"`
 	WeftFromUnderlay  *ebpf.ProgramSpec `ebpf:"weft_from_underlay"`
+	WeftToContainer   *ebpf.ProgramSpec `ebpf:"weft_to_container"`
 }
 
 // ProgramMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ProgramMapSpecs struct {
-	WeftCounters *ebpf.MapSpec `ebpf:"weft_counters"`
-	WeftDests    *ebpf.MapSpec `ebpf:"weft_dests"`
-	WeftPeers    *ebpf.MapSpec `ebpf:"weft_peers"`
-	WeftPorts    *ebpf.MapSpec `ebpf:"weft_ports"`
-	WeftSettings *ebpf.MapSpec `ebpf:"weft_settings"`
+	WeftCounters  *ebpf.MapSpec `ebpf:"weft_counters"`
+	WeftDests     *ebpf.MapSpec `ebpf:"weft_dests"`
+	WeftFlowsFrom *ebpf.MapSpec `ebpf:"weft_flows_from"`
+	WeftFlowsTo   *ebpf.MapSpec `ebpf:"weft_flows_to"`
+	WeftPeers     *ebpf.MapSpec `ebpf:"weft_peers"`
+	WeftPorts     *ebpf.MapSpec `ebpf:"weft_ports"`
+	WeftServices  *ebpf.MapSpec `ebpf:"weft_services"`
+	WeftSettings  *ebpf.MapSpec `ebpf:"weft_settings"`
 }
 
 // ProgramVariableSpecs contains global variables before they are loaded into the kernel.
@@ -153,19 +191,25 @@ func (o *ProgramObjects) Close() error {
 //
 // It can be passed to LoadProgramObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ProgramMaps struct {
-	WeftCounters *ebpf.Map `ebpf:"weft_counters"`
-	WeftDests    *ebpf.Map `ebpf:"weft_dests"`
-	WeftPeers    *ebpf.Map `ebpf:"weft_peers"`
-	WeftPorts    *ebpf.Map `ebpf:"weft_ports"`
-	WeftSettings *ebpf.Map `ebpf:"weft_settings"`
+	WeftCounters  *ebpf.Map `ebpf:"weft_counters"`
+	WeftDests     *ebpf.Map `ebpf:"weft_dests"`
+	WeftFlowsFrom *ebpf.Map `ebpf:"weft_flows_from"`
+	WeftFlowsTo   *ebpf.Map `ebpf:"weft_flows_to"`
+	WeftPeers     *ebpf.Map `ebpf:"weft_peers"`
+	WeftPorts     *ebpf.Map `ebpf:"weft_ports"`
+	WeftServices  *ebpf.Map `ebpf:"weft_services"`
+	WeftSettings  *ebpf.Map `ebpf:"weft_settings"`
 }
 
 func (m *ProgramMaps) Close() error {
 	return _ProgramClose(
 		m.WeftCounters,
 		m.WeftDests,
+		m.WeftFlowsFrom,
+		m.WeftFlowsTo,
 		m.WeftPeers,
 		m.WeftPorts,
+		m.WeftServices,
 		m.WeftSettings,
 	)
 }
@@ -182,12 +226,14 @@ type ProgramVariables struct {
 type ProgramPrograms struct {
 	WeftFromContainer *ebpf.Program `ebpf:"weft_from_container"`
 	WeftFromUnderlay  *ebpf.Program `ebpf:"weft_from_underlay"`
+	WeftToContainer   *ebpf.Program `ebpf:"weft_to_container"`
 }
 
 func (p *ProgramPrograms) Close() error {
 	return _ProgramClose(
 		p.WeftFromContainer,
 		p.WeftFromUnderlay,
+		p.WeftToContainer,
 	)
 }
 

@@ -1,0 +1,239 @@
+/* Virtual addresses of services, IPv4. The client's host chooses a task for each flow,
+ * and the flow keeps it: packets to the virtual address get the task's, and its answers
+ * get the virtual address back. The client's address stays. */
+#pragma once
+
+#include <linux/pkt_cls.h>
+#include "packet.h"
+
+struct ports {
+	__be16 src;
+	__be16 dst;
+};
+
+struct tcp { /* RFC 9293 */
+	struct ports ports;
+	__be32 seq;
+	__be32 ack;
+	__u8 offset;
+	__u8 flags;
+	__be16 window;
+	__u16 sum;
+	__be16 urgent;
+};
+#define TCP_FIN 1
+#define TCP_SYN 2
+#define TCP_RST 4
+#define TCP_ACK 16
+
+#define L3 (sizeof(struct eth))
+#define L4 (L3 + sizeof(struct ip4))
+
+/* flow_of fills the key of an IPv4 packet's flow. Zero: it has none that is translated. */
+static __always_inline int flow_of(struct __sk_buff *skb, __u32 vni, struct flow *f)
+{
+	struct ip4 *ip = at(skb, L3);
+	struct ports *p;
+
+	if (!holds(skb, ip, sizeof(*ip) + 8) || ip->version_ihl != 0x45 || (ip->frag & IP4_PART))
+		return 0;
+	p = (void *)(ip + 1);
+	f->vni = vni;
+	f->src = ip->src;
+	f->dst = ip->dst;
+	f->proto = ip->next;
+	switch (ip->next) {
+	case NEXT_TCP:
+	case NEXT_UDP:
+		f->sport = p->src;
+		f->dport = p->dst;
+		return 1;
+	case NEXT_ICMP: {
+		__u8 type = *(__u8 *)p;
+
+		if (type != 8 && type != 0) /* echo, and its answer */
+			return 0;
+		f->sport = ((struct ports *)((void *)p + 4))->src; /* identifier */
+		f->dport = 0;
+		return 1;
+	}
+	}
+	return 0;
+}
+
+/* rewrite puts another address in place of the one at offset, and mends the sums. */
+static __always_inline int rewrite(struct __sk_buff *skb, __u32 offset, __u32 from, __u32 to, __u8 proto)
+{
+	long bad = bpf_l3_csum_replace(skb, L3 + offsetof(struct ip4, sum), from, to, 4);
+
+	if (proto == NEXT_TCP)
+		bad |= bpf_l4_csum_replace(skb, L4 + offsetof(struct tcp, sum), from, to, 4 | BPF_F_PSEUDO_HDR);
+	else if (proto == NEXT_UDP)
+		bad |= bpf_l4_csum_replace(skb, L4 + offsetof(struct udp, sum), from, to, 4 | BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0);
+	bad |= bpf_skb_store_bytes(skb, L3 + offset, &to, 4, 0);
+	return !bad;
+}
+
+/* reset answers a TCP segment with a reset, from whom it was for. */
+static __always_inline int reset(struct __sk_buff *skb)
+{
+	struct {
+		struct eth eth;
+		struct ip4 ip;
+		struct tcp tcp;
+	} __attribute__((packed, aligned(2))) out = {}, in;
+	__u32 sum = 0, payload;
+	__u16 *w;
+	int i;
+
+	if (bpf_skb_load_bytes(skb, 0, &in, sizeof(in)))
+		return TC_ACT_SHOT;
+	if (in.tcp.flags & TCP_RST)
+		return TC_ACT_SHOT;
+	payload = bpf_ntohs(in.ip.len) - sizeof(in.ip) - (in.tcp.offset >> 4) * 4;
+	if (in.tcp.flags & (TCP_SYN | TCP_FIN))
+		payload++;
+	if (bpf_skb_change_tail(skb, sizeof(out), 0))
+		return TC_ACT_SHOT;
+	__builtin_memcpy(out.eth.dst, in.eth.src, 6);
+	__builtin_memcpy(out.eth.src, in.eth.dst, 6);
+	out.eth.type = ETH_IP4;
+	out.ip.version_ihl = 0x45;
+	out.ip.len = bpf_htons(sizeof(out) - sizeof(out.eth));
+	out.ip.ttl = 64;
+	out.ip.next = NEXT_TCP;
+	out.ip.src = in.ip.dst;
+	out.ip.dst = in.ip.src;
+	w = (void *)&out.ip;
+#pragma unroll
+	for (i = 0; i < (int)sizeof(out.ip) / 2; i++)
+		sum += w[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	out.ip.sum = ~(__u16)((sum & 0xffff) + (sum >> 16));
+	out.tcp.ports.src = in.tcp.ports.dst;
+	out.tcp.ports.dst = in.tcp.ports.src;
+	out.tcp.offset = 5 << 4;
+	out.tcp.flags = TCP_RST;
+	if (in.tcp.flags & TCP_ACK) {
+		out.tcp.seq = in.tcp.ack;
+	} else {
+		out.tcp.flags |= TCP_ACK;
+		out.tcp.ack = bpf_htonl(bpf_ntohl(in.tcp.seq) + payload);
+	}
+	/* The pseudo header (RFC 9293, 3.1). */
+	sum = bpf_htons(NEXT_TCP) + bpf_htons(sizeof(out.tcp));
+	sum += (out.ip.src & 0xffff) + (out.ip.src >> 16) + (out.ip.dst & 0xffff) + (out.ip.dst >> 16);
+	w = (void *)&out.tcp;
+#pragma unroll
+	for (i = 0; i < (int)sizeof(out.tcp) / 2; i++)
+		sum += w[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	out.tcp.sum = ~(__u16)((sum & 0xffff) + (sum >> 16));
+	if (bpf_skb_store_bytes(skb, 0, &out, sizeof(out), 0))
+		return TC_ACT_SHOT;
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* answer_arp says to a container that a virtual address is at the router's MAC. */
+static __always_inline int answer_arp(struct __sk_buff *skb, const struct port *p)
+{
+	struct dest_key k = { .vni = p->vni };
+	struct eth eth;
+	struct arp a;
+	__u32 asked;
+
+	if (bpf_skb_load_bytes(skb, L3, &a, sizeof(a)) || a.op != bpf_htons(1) || a.sender_ip == 0)
+		return TC_ACT_UNSPEC;
+	map_ip4(&k.at, a.target_ip);
+	if (!bpf_map_lookup_elem(&weft_services, &k))
+		return TC_ACT_UNSPEC;
+	__builtin_memcpy(eth.dst, a.sender, 6);
+	__builtin_memset(eth.src, 0xee, 6); /* RouterMAC */
+	eth.type = ETH_ARP;
+	__builtin_memcpy(a.target, a.sender, 6);
+	__builtin_memcpy(a.sender, eth.src, 6);
+	asked = a.target_ip;
+	a.target_ip = a.sender_ip;
+	a.sender_ip = asked;
+	a.op = bpf_htons(2);
+	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) || bpf_skb_store_bytes(skb, L3, &a, sizeof(a), 0))
+		return TC_ACT_SHOT;
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* translate changes the destination of a packet to a virtual address into that of a
+ * task. PASS_ON: go on with the packet; everything else is a verdict. */
+#define PASS_ON 100
+static __always_inline int translate(struct __sk_buff *skb, const struct port *p)
+{
+	struct dest_key k = { .vni = p->vni };
+	struct flow f = {}, back = {};
+	struct flow_to to = {}, *known;
+	struct service *s;
+	struct tcp *tcp;
+	int opens = 1;
+	__u32 i;
+
+	if (!flow_of(skb, p->vni, &f))
+		return PASS_ON;
+	map_ip4(&k.at, f.dst);
+	s = bpf_map_lookup_elem(&weft_services, &k);
+	if (!s)
+		return PASS_ON;
+	if (f.proto == NEXT_TCP) {
+		tcp = at(skb, L4);
+		if (!holds(skb, tcp, sizeof(*tcp)))
+			return TC_ACT_SHOT;
+		opens = (tcp->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	}
+	known = bpf_map_lookup_elem(&weft_flows_to, &f);
+	if (known) {
+		to = *known;
+	} else {
+		/* Flows of tasks that are gone were removed. */
+		if (!opens || s->n == 0)
+			return f.proto == NEXT_TCP ? reset(skb) : TC_ACT_SHOT;
+		i = bpf_get_prandom_u32() % s->n;
+		if (i >= MAX_BACKENDS)
+			return TC_ACT_SHOT;
+		to.ip4 = s->backends[i].ip4;
+		__builtin_memcpy(to.mac, s->backends[i].mac, 6);
+		if (bpf_map_update_elem(&weft_flows_to, &f, &to, BPF_ANY))
+			return TC_ACT_SHOT;
+		back.vni = f.vni;
+		back.src = to.ip4;
+		back.dst = f.src;
+		back.proto = f.proto;
+		back.sport = f.proto == NEXT_ICMP ? f.sport : f.dport;
+		back.dport = f.proto == NEXT_ICMP ? 0 : f.sport;
+		if (to.ip4 == f.src) { /* it answers the virtual address too */
+			back.dst = f.dst;
+			if (bpf_map_update_elem(&weft_flows_to, &back, &to, BPF_ANY))
+				return TC_ACT_SHOT;
+		} else if (bpf_map_update_elem(&weft_flows_from, &back, &f.dst, BPF_ANY)) {
+			return TC_ACT_SHOT;
+		}
+	}
+	if (!rewrite(skb, offsetof(struct ip4, dst), f.dst, to.ip4, f.proto))
+		return TC_ACT_SHOT;
+	/* A task that reaches itself takes nothing from its own address. */
+	if (to.ip4 == f.src && !rewrite(skb, offsetof(struct ip4, src), f.src, f.dst, f.proto))
+		return TC_ACT_SHOT;
+	if (bpf_skb_store_bytes(skb, 0, to.mac, 6, 0))
+		return TC_ACT_SHOT;
+	if (to.ip4 == f.src)
+		return deliver(skb, skb->ifindex);
+	return PASS_ON;
+}
+
+/* translate_back gives the answer of a task the virtual address that was asked. */
+static __always_inline int translate_back(struct __sk_buff *skb, __u32 vni)
+{
+	struct flow f = {};
+	__u32 *vip;
+
+	if (!flow_of(skb, vni, &f))
+		return 1;
+	vip = bpf_map_lookup_elem(&weft_flows_from, &f);
+	return !vip || rewrite(skb, offsetof(struct ip4, src), f.src, *vip, f.proto);
+}

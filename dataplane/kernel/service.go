@@ -1,0 +1,106 @@
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel/bpf"
+	"github.com/weftnet/weft/store"
+)
+
+// readServices adds the virtual addresses of a network that the program answers.
+func (k *Kernel) readServices(p dataplane.Plan, v store.VNI) error {
+	if k.program.err != nil {
+		return nil
+	}
+	var key bpf.ProgramDestKey
+	var value bpf.ProgramService
+	all := k.program.objects.WeftServices.Iterate()
+	for all.Next(&key, &value) {
+		if store.VNI(key.Vni) == v {
+			p.Add(serviceObject(key, value))
+		}
+	}
+	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return fmt.Errorf("read the program's services: %w", err)
+	}
+	return nil
+}
+
+// applyService changes the tasks behind a virtual address. Flows to tasks that are no
+// longer there are forgotten, so that the next packet of each is answered by a reset or,
+// where it can be, begins a new one.
+func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
+	if k.program.err != nil {
+		return nil
+	}
+	m := &k.program.objects
+	key := bpf.ProgramDestKey{Vni: uint32(o.VNI), At: fromAddr(o.VIP)}
+	if verb == dataplane.Delete {
+		if err := m.WeftServices.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err
+		}
+		return k.forgetFlows(o, nil)
+	}
+	var old bpf.ProgramService
+	_ = m.WeftServices.Lookup(key, &old)
+	value := serviceValue(o)
+	if err := m.WeftServices.Put(key, value); err != nil {
+		return err
+	}
+	now := map[uint32]bool{}
+	for _, b := range value.Backends[:value.N] {
+		now[b.Ip4] = true
+	}
+	for _, b := range old.Backends[:min(old.N, dataplane.MaxBackends)] {
+		if !now[b.Ip4] {
+			return k.forgetFlows(o, now)
+		}
+	}
+	return nil
+}
+
+// forgetFlows forgets the flows to a virtual address whose task is not among those kept.
+func (k *Kernel) forgetFlows(o dataplane.Service, kept map[uint32]bool) error {
+	m := k.program.objects.WeftFlowsTo
+	all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](m)
+	if err != nil {
+		return fmt.Errorf("read flows: %w", err)
+	}
+	for key, to := range all {
+		if key.Vni != uint32(o.VNI) || key.Dst != fromAddr4(o.VIP) || kept[to.Ip4] {
+			continue
+		}
+		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("forget a flow: %w", err)
+		}
+	}
+	return nil
+}
+
+func serviceValue(o dataplane.Service) (v bpf.ProgramService) {
+	for text := range strings.SplitSeq(o.Backends, ",") {
+		ip, mac, _ := strings.Cut(text, " ")
+		a, err := netip.ParseAddr(ip)
+		m, err2 := store.ParseMAC(mac)
+		if err != nil || err2 != nil || int(v.N) == len(v.Backends) {
+			continue
+		}
+		v.Backends[v.N] = bpf.ProgramBackend{Ip4: fromAddr4(a), Mac: m}
+		v.N++
+	}
+	return v
+}
+
+func serviceObject(key bpf.ProgramDestKey, v bpf.ProgramService) dataplane.Service {
+	var all []string
+	for _, b := range v.Backends[:min(int(v.N), len(v.Backends))] {
+		all = append(all, toAddr4(b.Ip4).String()+" "+store.MAC(b.Mac).String())
+	}
+	return dataplane.Service{VNI: store.VNI(key.Vni), VIP: netip.AddrFrom16(toBytes(key.At)).Unmap(), Backends: strings.Join(all, ",")}
+}

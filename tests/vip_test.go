@@ -1,0 +1,463 @@
+package tests
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft/tests/hosts"
+)
+
+// TestVIP asks a Swarm service at its virtual address, Docker's default, from every
+// kind of container, while its tasks come and go.
+func TestVIP(t *testing.T) {
+	t.Parallel()
+	for name, engine := range engines(t) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSwarm(t, engine, false, "WEFT_SCOPE=global", "docker.source=/run/docker.sock")
+			v := &vips{swarm: s}
+			s.network(t, "app", 60)
+			s.service(t, "web", 3, "--network", "app", "--endpoint-mode", "vip")
+			for _, h := range s.lab.Hosts {
+				v.clients = append(v.clients, run(t, h, "client", "--network", "app"))
+			}
+			v.address = v.virtual(t, "web")
+			for _, scene := range []struct {
+				name string
+				play func(*testing.T)
+			}{
+				{"from everywhere", v.fromEverywhere},
+				{"its own tasks", v.ownTasks},
+				{"other protocols", v.otherProtocols},
+				{"plugin killed", v.pluginKilled},
+				{"updates and kills", v.updatesAndKills},
+				{"another leader", v.anotherLeader},
+				{"a dead task's connection is reset", v.resets},
+				{"gone", v.gone},
+			} {
+				t.Run(scene.name, scene.play)
+			}
+			for _, h := range s.lab.Hosts {
+				docker(t, h, "rm", "-f", "client")
+			}
+			s.removeNetworks(t, "app")
+			s.nothingLeft(t)
+		})
+	}
+}
+
+// vips is a Swarm with the service web and a client on every host.
+type vips struct {
+	*swarm
+	clients []hosts.Container
+	address netip.Addr
+}
+
+// virtual returns the virtual address of a service.
+func (v *vips) virtual(t *testing.T, service string) netip.Addr {
+	t.Helper()
+	out := docker(t, v.lab.Hosts[0], "service", "inspect", "--format", "{{range .Endpoint.VirtualIPs}}{{.Addr}}{{end}}", service)
+	p, err := netip.ParsePrefix(strings.TrimSpace(out))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.Addr()
+}
+
+// answerer connects to port 80 of an address from a namespace and returns who answers.
+func answerer(netns, address string) (string, error) {
+	var c net.Conn
+	err := hosts.InNetNS(netns, func() (err error) {
+		c, err = net.DialTimeout("tcp4", net.JoinHostPort(address, "80"), hungAfter)
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = c.Close() }()
+	_ = c.SetDeadline(time.Now().Add(hungAfter))
+	if _, err := io.WriteString(c, "GET / HTTP/1.0\r\n\r\n"); err != nil {
+		return "", err
+	}
+	all, err := io.ReadAll(bufio.NewReader(c))
+	if err != nil {
+		return "", err
+	}
+	_, body, ok := strings.Cut(string(all), "\r\n\r\n")
+	if !ok {
+		return "", fmt.Errorf("no answer: %w", io.ErrUnexpectedEOF)
+	}
+	return strings.TrimSpace(body), nil
+}
+
+// hungAfter is when a connection counts as hung: a segment that is lost is sent again
+// after one second, and then after two.
+const hungAfter = 10 * time.Second
+
+// balanced asks until each of n tasks has answered.
+func (v *vips) balanced(t *testing.T, c hosts.Container, n int) {
+	t.Helper()
+	ns := netnsOf(t, c)
+	eventually(t, 60*time.Second, fmt.Sprintf("%d tasks answer %s on host %s", n, c.Name, c.Host.Name), func(context.Context) error {
+		who := map[string]int{}
+		for range 20 * n {
+			name, err := answerer(ns, v.address.String())
+			if err != nil {
+				return err
+			}
+			who[name]++
+		}
+		if len(who) != n {
+			return fmt.Errorf("%v answer", who)
+		}
+		for name, times := range who {
+			if times < 5 {
+				return fmt.Errorf("%s has a small part of %v", name, who)
+			}
+		}
+		return nil
+	})
+}
+
+func (v *vips) fromEverywhere(t *testing.T) {
+	for i, c := range v.clients {
+		v.balanced(t, c, 3)
+		reach(t, c, v.address.String())
+		if out := command(t, c, "timeout", "5", "wget", "-q", "-O", "-", "http://web/"); len(strings.TrimSpace(out)) != 12 {
+			t.Errorf("by its name: %q", out)
+		}
+		says(t, v.lab.Hosts[i], nil)
+	}
+	figure(t, "VIP answered from every host, by all tasks", 3*60, "balanced over 3 tasks")
+}
+
+// ownTasks asks from the tasks themselves, of which each gets itself too.
+func (v *vips) ownTasks(t *testing.T) {
+	for _, task := range v.tasks(t, v.lab.Hosts[0], "web", 3) {
+		for _, h := range v.lab.Hosts {
+			if h.Name == task.Host {
+				v.balanced(t, hosts.Container{Host: h, Name: task.Container}, 3)
+			}
+		}
+	}
+}
+
+// otherProtocols listens in a task, and looks who asks.
+func (v *vips) otherProtocols(t *testing.T) {
+	tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
+	const port = 9000
+	heard := make(chan string, 64)
+	for _, task := range tasks {
+		for _, h := range v.lab.Hosts {
+			if h.Name != task.Host {
+				continue
+			}
+			err := hosts.InNetNS(netnsOf(t, hosts.Container{Host: h, Name: task.Container}), func() error {
+				u, err := net.ListenUDP("udp4", &net.UDPAddr{Port: port})
+				if err != nil {
+					return err
+				}
+				t.Cleanup(func() { _ = u.Close() })
+				go func() {
+					buf := make([]byte, 2000)
+					for {
+						n, from, err := u.ReadFromUDPAddrPort(buf)
+						if err != nil {
+							return
+						}
+						heard <- from.Addr().Unmap().String()
+						_, _ = u.WriteToUDPAddrPort(buf[:n], from)
+					}
+				}()
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, c := range v.clients {
+		var u *net.UDPConn
+		if err := hosts.InNetNS(netnsOf(t, c), func() (err error) {
+			u, err = net.DialUDP("udp4", nil, &net.UDPAddr{IP: v.address.AsSlice(), Port: port})
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		own := u.LocalAddr().(*net.UDPAddr).AddrPort().Addr().String()
+		for range 10 {
+			_, _ = u.Write([]byte("hello"))
+			_ = u.SetReadDeadline(time.Now().Add(5 * time.Second))
+			buf := make([]byte, 10)
+			if n, err := u.Read(buf); err != nil || string(buf[:n]) != "hello" {
+				t.Fatalf("UDP from host %s: %q, %v", c.Host.Name, buf[:n], err)
+			}
+			if from := <-heard; from != own {
+				t.Errorf("a task is asked by %s, not by %s", from, own)
+			}
+		}
+		_ = u.Close()
+		if out, err := c.Exec(t.Context(), "ping", "-c", "5", "-W", "2", v.address.String()); err != nil {
+			t.Errorf("ping from host %s: %v %s", c.Host.Name, err, out)
+		}
+	}
+}
+
+// pluginKilled keeps connections busy while the plugin is killed on every host.
+func (v *vips) pluginKilled(t *testing.T) {
+	tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
+	const port = 9001
+	for _, task := range tasks {
+		for _, h := range v.lab.Hosts {
+			if h.Name == task.Host {
+				echo(t, netnsOf(t, hosts.Container{Host: h, Name: task.Container}), port)
+			}
+		}
+	}
+	var conns []net.Conn
+	for _, c := range v.clients {
+		ns := netnsOf(t, c)
+		for range 10 {
+			if err := hosts.InNetNS(ns, func() error {
+				n, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", v.address, port), hungAfter)
+				conns = append(conns, n)
+				return err
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, h := range v.lab.Hosts {
+		pid, err := h.PluginPID(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	broken := 0
+	for range 50 {
+		for _, c := range conns {
+			if err := roundTrip(c); err != nil {
+				broken++
+				t.Logf("connection: %v", err)
+			}
+		}
+		pause(t, 50*time.Millisecond)
+	}
+	for _, c := range conns {
+		_ = c.Close()
+	}
+	if broken > 0 {
+		t.Errorf("%d of %d connections broke", broken, len(conns))
+	}
+	figure(t, "VIP connections through a plugin killed everywhere", len(conns), "%d broken; target 0", broken)
+	v.settled(t)
+}
+
+// echo sends back what comes to a port in a namespace, until the test ends.
+func echo(t *testing.T, netns string, port int) {
+	t.Helper()
+	var l net.Listener
+	if err := hosts.InNetNS(netns, func() (err error) {
+		l, err = net.Listen("tcp4", fmt.Sprintf(":%d", port))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(c, c); _ = c.Close() }()
+		}
+	}()
+}
+
+func roundTrip(c net.Conn) error {
+	_ = c.SetDeadline(time.Now().Add(hungAfter))
+	if _, err := c.Write([]byte("x")); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, make([]byte, 1))
+	return err
+}
+
+// updatesAndKills asks all the time while the service is updated and its tasks are
+// killed.
+func (v *vips) updatesAndKills(t *testing.T) {
+	want := 2000
+	if soak() {
+		want = 10000
+	}
+	var mu sync.Mutex
+	var asked, refused, hung int
+	done := make(chan struct{})
+	var wait sync.WaitGroup
+	for _, c := range v.clients {
+		ns := netnsOf(t, c)
+		for range 2 {
+			wait.Go(func() {
+				for {
+					select {
+					case <-done:
+						return
+					default:
+					}
+					_, err := answerer(ns, v.address.String())
+					mu.Lock()
+					asked++
+					switch {
+					case err == nil:
+					case errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.ETIMEDOUT):
+						hung++
+						t.Logf("hung: %v", err)
+					default: // the task ends, and Docker has not said so yet
+						refused++
+					}
+					mu.Unlock()
+					time.Sleep(5 * time.Millisecond)
+				}
+			})
+		}
+	}
+	kill := func() {
+		tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
+		for _, h := range v.lab.Hosts {
+			if h.Name == tasks[0].Host {
+				docker(t, h, "kill", tasks[0].Container)
+			}
+		}
+		pause(t, 2*time.Second)
+		v.tasks(t, v.lab.Hosts[0], "web", 3)
+	}
+	for i := 0; ; i++ {
+		v.update(t, "web", 3, "--force", "--update-parallelism", "1", "--update-order", "start-first")
+		kill()
+		mu.Lock()
+		enough := asked >= want && i >= 2
+		mu.Unlock()
+		if enough {
+			break
+		}
+	}
+	close(done)
+	wait.Wait()
+	if hung > 0 {
+		t.Errorf("%d of %d connections hung", hung, asked)
+	}
+	figure(t, "VIP connections during updates and kills", asked, "%d hung, %d ended with their task; target 0 hung", hung, refused)
+	v.settled(t)
+	// All is known again: nothing fails any more.
+	for _, c := range v.clients {
+		ns := netnsOf(t, c)
+		for range 100 {
+			if _, err := answerer(ns, v.address.String()); err != nil {
+				t.Fatalf("host %s: %v", c.Host.Name, err)
+			}
+		}
+	}
+}
+
+// anotherLeader kills the leader: what it told holds, and the next one goes on.
+func (v *vips) anotherLeader(t *testing.T) {
+	old := v.leader(t, nil)
+	if err := old.StopDockerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	asked := 0
+	for _, c := range v.clients {
+		if c.Host == old {
+			continue
+		}
+		ns := netnsOf(t, c)
+		for range 50 {
+			// Tasks of the host without dockerd are dead, and known to be soon.
+			if _, err := answerer(ns, v.address.String()); err == nil {
+				asked++
+			}
+		}
+	}
+	if asked == 0 {
+		t.Error("nobody answers while there is no leader")
+	}
+	v.leader(t, old)
+	if err := old.StartDockerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.tasks(t, v.lab.Hosts[0], "web", 3)
+	v.settled(t)
+	for i, h := range v.lab.Hosts {
+		if h == old {
+			docker(t, h, "rm", "-f", "client")
+			v.clients[i] = run(t, h, "client", "--network", "app")
+		}
+		v.balanced(t, v.clients[i], 3)
+	}
+}
+
+// resets cuts a task off from its client, and removes it: the client is told.
+func (v *vips) resets(t *testing.T) {
+	tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
+	const port = 9002
+	for _, task := range tasks {
+		for _, h := range v.lab.Hosts {
+			if h.Name == task.Host {
+				echo(t, netnsOf(t, hosts.Container{Host: h, Name: task.Container}), port)
+			}
+		}
+	}
+	var conns []net.Conn
+	ns := netnsOf(t, v.clients[0])
+	for range 30 {
+		if err := hosts.InNetNS(ns, func() error {
+			n, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", v.address, port), hungAfter)
+			conns = append(conns, n)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The listeners are this process's: no container's end closes the connections.
+	v.update(t, "web", 3, "--force")
+	v.settled(t)
+	var ended int
+	for _, c := range conns {
+		if err := roundTrip(c); errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, io.EOF) {
+			ended++
+		} else {
+			t.Errorf("connection to a task that is gone: %v", err)
+		}
+		_ = c.Close()
+	}
+	figure(t, "VIP connections of removed tasks", len(conns), "%d reset; target all", ended)
+}
+
+// gone removes the service: its address answers nobody.
+func (v *vips) gone(t *testing.T) {
+	docker(t, v.lab.Hosts[0], "service", "rm", "web")
+	for _, c := range v.clients {
+		ns := netnsOf(t, c)
+		eventually(t, 60*time.Second, "the address of a service that is gone answers nobody", func(context.Context) error {
+			if name, err := answerer(ns, v.address.String()); err == nil {
+				return fmt.Errorf("%s answers", name)
+			}
+			return nil
+		})
+	}
+}
