@@ -14,11 +14,12 @@ import (
 
 // keptCapabilities are all that the process keeps of what Docker gives a plugin.
 //
-//	CAP_NET_ADMIN  links, forwarding and neighbour entries, ipset, iptables
-//	CAP_NET_RAW    iptables and its set match ask the kernel through raw sockets
-//	CAP_BPF        the port program and its maps
+//	CAP_NET_ADMIN         links, forwarding and neighbour entries, ipset, iptables
+//	CAP_NET_RAW           iptables and its set match ask the kernel through raw sockets
+//	CAP_NET_BIND_SERVICE  published ports below 1024 are held by a socket (hold.go)
+//	CAP_BPF               the port program and its maps
 func keptCapabilities() []uintptr {
-	return []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_BPF}
+	return []uintptr{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE, unix.CAP_BPF}
 }
 
 // dropPrivileges takes from the process, and from all that it will start, every

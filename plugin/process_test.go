@@ -144,7 +144,7 @@ func TestProcess(t *testing.T) {
 		name string
 		run  func(*testing.T, string)
 	}{
-		{"keeps three capabilities", keepsThreeCapabilities},
+		{"keeps four capabilities", keepsFourCapabilities},
 		{"rebuilds a damaged database", rebuildsADamagedDatabase},
 		{"survives what it cannot open", survivesWhatItCannotOpen},
 		{"serves with wrong settings", servesWithWrongSettings},
@@ -156,7 +156,7 @@ func TestProcess(t *testing.T) {
 	}
 }
 
-func keepsThreeCapabilities(t *testing.T, program string) {
+func keepsFourCapabilities(t *testing.T, program string) {
 	for _, backend := range []string{"nft", "legacy"} {
 		t.Run(backend, func(t *testing.T) {
 			kerneltest.Netns(t)
@@ -190,16 +190,16 @@ func keepsThreeCapabilities(t *testing.T, program string) {
 	}
 }
 
-// checkCapabilities reads the sets of every thread: 0x3000 is NET_ADMIN and NET_RAW,
-// 1<<39 is BPF.
+// checkCapabilities reads the sets of every thread: 0x3400 is NET_ADMIN, NET_RAW and
+// NET_BIND_SERVICE, 1<<39 is BPF.
 func checkCapabilities(t *testing.T, pid int) {
 	t.Helper()
 	paths, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
 	if err != nil || len(paths) == 0 {
 		t.Fatalf("no threads: %v", err)
 	}
-	want := map[string]string{"CapInh": "0000000000000000", "CapPrm": "0000008000003000", "CapEff": "0000008000003000",
-		"CapBnd": "0000008000003000", "CapAmb": "0000000000000000", "NoNewPrivs": "1"}
+	want := map[string]string{"CapInh": "0000000000000000", "CapPrm": "0000008000003400", "CapEff": "0000008000003400",
+		"CapBnd": "0000008000003400", "CapAmb": "0000000000000000", "NoNewPrivs": "1"}
 	for _, path := range paths {
 		raw, err := os.ReadFile(path)
 		if errors.Is(err, os.ErrNotExist) {

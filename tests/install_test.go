@@ -79,8 +79,8 @@ func ourLinks(t *testing.T, h *hosts.Host) string {
 
 // leastPrivilege reads what the running process may do and where it listens.
 func leastPrivilege(t *testing.T, lab *hosts.Lab) {
-	const netAdmin, netRaw, bpf = 1 << 12, 1 << 13, 1 << 39
-	want := fmt.Sprintf("%016x", netAdmin|netRaw|bpf)
+	const netAdmin, netRaw, bindService, bpf = 1 << 12, 1 << 13, 1 << 10, 1 << 39
+	want := fmt.Sprintf("%016x", netAdmin|netRaw|bindService|bpf)
 	for _, h := range lab.Hosts {
 		pid, err := h.PluginPID(t.Context(), "")
 		if err != nil {
@@ -125,7 +125,7 @@ func leastPrivilege(t *testing.T, lab *hosts.Lab) {
 			t.Errorf("host %s: without WEFT_JOIN the plugin listens on %s", h.Name, ports)
 		}
 	}
-	figure(t, "capabilities kept", 2, "CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF; nothing listens without WEFT_JOIN")
+	figure(t, "capabilities kept", 2, "CAP_NET_ADMIN, CAP_NET_RAW, CAP_NET_BIND_SERVICE, CAP_BPF; nothing listens without WEFT_JOIN")
 }
 
 // fields reads a file of "key: value" lines.

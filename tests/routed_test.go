@@ -116,7 +116,7 @@ func hostFetch(ctx context.Context, h *hosts.Host, address string) (out string, 
 // ports of Docker's choice.
 func (r *routed) published(t *testing.T) {
 	a, b := r.lab.Hosts[0], r.lab.Hosts[1]
-	web := run(t, a, "web", "--network", "app", "--ip", "10.80.1.99", "--ip6", "fd00:80::99", "-p", "8080:80", "-p", "127.0.0.1:8081:80")
+	web := run(t, a, "web", "--network", "app", "--ip", "10.80.1.99", "--ip6", "fd00:80::99", "-p", "8080:80", "-p", "127.0.0.1:8081:80", "-p", "80:80")
 	serve(t, web, "web")
 	docker(t, a, "network", "create", "-d", hosts.PluginName, "-o", r.way, "--subnet", "10.81.0.0/16", "--gateway", "10.81.0.1", "other")
 	here, there := a.Address.String(), "[fd00:80::99]:80"
@@ -126,6 +126,7 @@ func (r *routed) published(t *testing.T) {
 	bridge := run(t, a, "bridge1")
 	for what, get := range map[string]func(context.Context) (string, error){
 		"another host":                 func(ctx context.Context) (string, error) { return hostFetch(ctx, b, here+":8080") },
+		"another host, port 80":        func(ctx context.Context) (string, error) { return hostFetch(ctx, b, here+":80") },
 		"the host by its address":      func(ctx context.Context) (string, error) { return hostFetch(ctx, a, here+":8080") },
 		"the host by 127.0.0.1":        func(ctx context.Context) (string, error) { return hostFetch(ctx, a, "127.0.0.1:8080") },
 		"the host, port on 127.0.0.1":  func(ctx context.Context) (string, error) { return hostFetch(ctx, a, "127.0.0.1:8081") },
@@ -196,7 +197,7 @@ func (r *routed) published(t *testing.T) {
 		removeOthers(t, h)
 	}
 	docker(t, a, "network", "rm", "other")
-	figure(t, r.way+": published ports on "+r.name, 1, "answer to 11 kinds of client; 4 conflicts refused")
+	figure(t, r.way+": published ports on "+r.name, 1, "answer to 12 kinds of client; 4 conflicts refused")
 }
 
 // survives: the plugin is killed while containers on two hosts talk; then what it made
