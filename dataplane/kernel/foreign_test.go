@@ -241,6 +241,15 @@ func TestRepairOfRules(t *testing.T) {
 			if ops := passHost(t, k, want); len(ops) != 0 {
 				t.Errorf("Docker's jump is not tolerated: %v", ops)
 			}
+			// But not those that accept what ours drop.
+			for _, accepts := range []string{"DOCKER-FORWARD", "DOCKER-INGRESS"} {
+				kerneltest.Run(t, "iptables-"+backend, "-N", accepts)
+				damage("iptables", "-I", "FORWARD", "2", "-j", accepts)
+				if out := kerneltest.Run(t, "iptables-"+backend, "-S", "FORWARD", "1"); !strings.Contains(out, "DOCKER-USER") {
+					t.Errorf("before the user's chain stands %s", out)
+				}
+			}
+			damage("iptables", "-I", "FORWARD", "-j", "DOCKER-FORWARD")
 			if backend == "legacy" {
 				return
 			}

@@ -158,8 +158,8 @@ func chainHash(table string, v6 bool, name string, rules []rule) string {
 }
 
 // inPlace reports whether rules hold exactly one jump to a chain of ours, in front
-// or behind nothing but jumps to chains of ours or Docker's, and behind that to the
-// user's.
+// or behind nothing but jumps to chains of ours or those of Docker's that accept nothing,
+// and behind that to the user's.
 func inPlace(rules []rule, to string) bool {
 	at, n := -1, 0
 	for i, r := range rules {
@@ -170,13 +170,20 @@ func inPlace(rules []rule, to string) bool {
 	return n == 1 && rules[at].spec == jumpSpec(to) && !slices.ContainsFunc(rules[:at], isUsers) && at > usersJump(rules)
 }
 
-// isUsers reports whether a rule is neither a jump of ours nor one of Docker's.
+// isUsers reports whether a rule is neither a jump of ours nor one of Docker's that
+// accepts nothing. Docker puts its jumps first whenever it starts: what its bridges send
+// anywhere it accepts in DOCKER-FORWARD (since 28), and ports of Swarm, to whomever, in
+// DOCKER-INGRESS.
 func isUsers(r rule) bool {
+	switch r.target {
+	case "DOCKER-FORWARD", "DOCKER-INGRESS":
+		return true
+	}
 	return !strings.HasPrefix(r.target, dockerPrefix) && !strings.HasPrefix(r.target, chainPrefix)
 }
 
 // usersJump returns the place of the jump to the chain that Docker leaves to the user,
-// if nothing but Docker's jumps and ours are before it, or -1. What the user has there
+// if nothing that accepts is before it, or -1. What the user has there
 // goes before what we accept.
 func usersJump(rules []rule) int {
 	at := slices.IndexFunc(rules, func(r rule) bool { return r.target == "DOCKER-USER" })
