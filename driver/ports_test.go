@@ -77,15 +77,15 @@ func published(t *testing.T) (*Driver, *holder, func(endpoint, ports string) ([]
 
 func TestPortsArePublishedAndTakenBack(t *testing.T) {
 	d, h, publish := published(t)
-	const fixed = `{"Proto":6,"Port":80,"HostIP":"","HostPort":8080,"HostPortEnd":8080},{"Proto":17,"Port":53,"HostIP":"127.0.0.1","HostPort":5353,"HostPortEnd":5353}`
-	want := []string{"0.0.0.0:8080->80/tcp", "127.0.0.1:5353->53/udp"}
+	const fixed = `{"Proto":6,"Port":80,"HostIP":"","HostPort":8080,"HostPortEnd":8080},{"Proto":17,"Port":53,"HostIP":"127.0.0.1","HostPort":5353,"HostPortEnd":5353},{"Proto":132,"Port":4000,"HostPort":3868,"HostPortEnd":3868}`
+	want := []string{"0.0.0.0:8080->80/tcp", "127.0.0.1:5353->53/udp", "0.0.0.0:3868->4000/sctp"}
 	for range 2 { // Docker may ask again
 		got, err := publish(epA, fixed)
 		if err != nil || !slices.Equal(got, want) {
 			t.Fatalf("%v, %v", got, err)
 		}
 	}
-	if diff := cmp.Diff([]string{"tcp 0.0.0.0:8080", "udp 127.0.0.1:5353"}, h.keys()); diff != "" {
+	if diff := cmp.Diff([]string{"sctp 0.0.0.0:3868", "tcp 0.0.0.0:8080", "udp 127.0.0.1:5353"}, h.keys()); diff != "" {
 		t.Error(diff)
 	}
 	// The same again for another endpoint, and what overlaps it.
@@ -93,13 +93,14 @@ func TestPortsArePublishedAndTakenBack(t *testing.T) {
 		`{"Proto":6,"Port":81,"HostPort":8080,"HostPortEnd":8080}`,
 		`{"Proto":6,"Port":81,"HostIP":"192.0.2.1","HostPort":8080,"HostPortEnd":8080}`,
 		`{"Proto":17,"Port":53,"HostPort":5353,"HostPortEnd":5353}`,
+		`{"Proto":132,"Port":4001,"HostIP":"192.0.2.1","HostPort":3868,"HostPortEnd":3868}`,
 		`{"Proto":6,"Port":81,"HostPort":9000,"HostPortEnd":9000},{"Proto":6,"Port":82,"HostPort":9000,"HostPortEnd":9000}`,
 	} {
 		if got, err := publish(epB, ports); err == nil || !strings.Contains(err.Error(), "port is already allocated") || len(got) > 0 {
 			t.Errorf("%s: %v, %v", ports, got, err)
 		}
 	}
-	if n := len(h.keys()); n != 2 {
+	if n := len(h.keys()); n != 3 {
 		t.Errorf("after refusals %v are held", h.keys())
 	}
 	// A range goes on behind what is taken, by whomever.

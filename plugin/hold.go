@@ -1,11 +1,16 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -37,7 +42,36 @@ func holdPort(proto string, at, to netip.AddrPort) (io.Closer, error) {
 		_ = c.SetReadBuffer(0) // nobody reads
 		return c, nil
 	}
-	return io.NopCloser(nil), nil // Go has no SCTP; records alone keep those apart
+	return holdSCTP(at)
+}
+
+// holdSCTP binds an SCTP port, which Go's net cannot. A socket that does not listen keeps
+// the port from others as well, and the kernel refuses associations with it. A kernel
+// without SCTP is an error, as it is to Docker: no program of the host could use the port.
+func holdSCTP(at netip.AddrPort) (io.Closer, error) {
+	family := unix.AF_INET
+	var to unix.Sockaddr
+	if at.Addr().Is6() {
+		family, to = unix.AF_INET6, &unix.SockaddrInet6{Port: int(at.Port()), Addr: at.Addr().As16()}
+	} else {
+		to = &unix.SockaddrInet4{Port: int(at.Port()), Addr: at.Addr().As4()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
+	if errors.Is(err, unix.EPROTONOSUPPORT) {
+		return nil, fmt.Errorf("this host's kernel has no SCTP, modprobe sctp: %w", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("SCTP socket: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "sctp "+at.String())
+	if family == unix.AF_INET6 {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
+	}
+	if err = errors.Join(err, unix.Bind(fd, to)); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("bind: %w", err)
+	}
+	return f, nil
 }
 
 func serveHeld(l *net.TCPListener, to netip.AddrPort) {

@@ -20,9 +20,8 @@ import (
 // guestLimit bounds the guest, which computes without the processor's help.
 const guestLimit = 10 * time.Minute
 
-// TestGuest runs the kernel package's tests of encrypted networks in a virtual machine
-// with Debian's stock kernel, whose WireGuard is the kernel's module. tests/guest.sh
-// makes it.
+// TestGuest runs tests of encrypted networks and of SCTP in a virtual machine with
+// Debian's stock kernel, which has WireGuard and SCTP as modules. tests/guest.sh makes it.
 func TestGuest(t *testing.T) {
 	t.Parallel()
 	hosts.Require(t, "guest")
@@ -31,21 +30,24 @@ func TestGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	work := t.TempDir()
-	build := exec.CommandContext(t.Context(), "go", "test", "-c", "-o", filepath.Join(work, "kernel.test"), "../dataplane/kernel")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	for name, pkg := range map[string]string{"kernel.test": "../dataplane/kernel", "plugin.test": "../plugin"} {
+		build := exec.CommandContext(t.Context(), "go", "test", "-c", "-o", filepath.Join(work, name), pkg)
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
 	}
-	pattern := "TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/round_trip/encrypted"
+	pattern := "TestSCTP|TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/round_trip/encrypted|TestProgramLoads|TestGuard|TestSuiteNft/round_trip/program"
 	if soak() {
-		pattern = "TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/.*/encrypted|own_gateway|routed"
+		pattern = "TestSCTP|TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/.*/encrypted|own_gateway|routed"
 	}
-	script := fmt.Sprintf("WEFT_GUEST=1 WEFT_TEST_MUST=root /kernel.test -test.v -test.run '%s'\n", pattern)
+	script := fmt.Sprintf("modprobe sctp && modprobe xt_sctp && export WEFT_GUEST=1 WEFT_TEST_MUST=root &&\n"+
+		"/plugin.test -test.v -test.run TestHoldPort && /kernel.test -test.v -test.run '%s'\n", pattern)
 	if err := os.WriteFile(filepath.Join(work, "run.sh"), []byte(script), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	image := filepath.Join(work, "initramfs")
-	if err := addToImage(t.Context(), filepath.Join(dir, "initramfs.gz"), work, image, "kernel.test", "run.sh"); err != nil {
+	if err := addToImage(t.Context(), filepath.Join(dir, "initramfs.gz"), work, image, "kernel.test", "plugin.test", "run.sh"); err != nil {
 		t.Fatal(err)
 	}
 	limit := guestLimit
@@ -58,7 +60,7 @@ func TestGuest(t *testing.T) {
 	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-smp", "2", "-m", "1024", "-nographic", "-no-reboot", "-nic", "none",
 		"-kernel", filepath.Join(dir, "vmlinuz"), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1").CombinedOutput()
 	passed := regexp.MustCompile(`(?m)^ *--- PASS: `).FindAll(out, -1)
-	if err != nil || !bytes.Contains(out, []byte("GUEST ends with 0")) || bytes.Contains(out, []byte("GUEST no module")) || len(passed) < 5 {
+	if err != nil || !bytes.Contains(out, []byte("GUEST ends with 0")) || bytes.Contains(out, []byte("GUEST no module")) || len(passed) < 10 {
 		t.Fatalf("%v; the guest printed:\n%s", err, out)
 	}
 	release := regexp.MustCompile(`GUEST kernel (\S+)`).FindSubmatch(out)

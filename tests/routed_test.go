@@ -32,6 +32,7 @@ func TestRouted(t *testing.T) {
 					t.Run("across hosts", r.acrossHosts)
 					t.Run("port table", r.portTable)
 					t.Run("published", r.published)
+					t.Run("sctp", r.sctp)
 					t.Run("survives", r.survives)
 					t.Run("isolation", r.isolation)
 					t.Run("nothing left", r.nothingLeft)

@@ -25,6 +25,7 @@ type machine struct {
 	self       store.Host
 	under      dataplane.Underlay
 	encrypted  bool // the network
+	led        bool // it has its own gateway
 	endpoints  []store.Endpoint
 	containers []*kerneltest.Place
 }
@@ -66,7 +67,7 @@ func (m *machine) endpoint(i int) {
 // program makes the kernel hold what the planner says, given all machines.
 func (m *machine) program(t *testing.T, all ...*machine) {
 	t.Helper()
-	n := store.Network{ID: "net", VNI: trafficVNI, Mode: store.ModeVXLAN, Encrypted: m.encrypted, Subnets: []store.Subnet{
+	n := store.Network{ID: "net", VNI: trafficVNI, Mode: store.ModeVXLAN, Encrypted: m.encrypted, GatewayWeft: m.led, Subnets: []store.Subnet{
 		{Pool: netip.MustParsePrefix("10.9.0.0/24"), Gateway: netip.MustParseAddr("10.9.0.1")}, {Pool: netip.MustParsePrefix("fd09::/64"), Gateway: netip.MustParseAddr("fd09::1")}}}
 	s := store.Snapshot{VNI: trafficVNI, Self: m.self, Network: &n, Endpoints: m.endpoints}
 	for _, o := range all {
@@ -85,6 +86,9 @@ func (m *machine) program(t *testing.T, all ...*machine) {
 	records := store.HostSnapshot{Self: m.self, Networks: []store.Network{n}, Peers: s.Peers}
 	if m.encrypted {
 		records.Tunnels = s.Peers
+	}
+	if m.led {
+		records.Published = m.endpoints
 	}
 	host := dataplane.PlanHost(records, m.under)
 	m.Do(func() {
