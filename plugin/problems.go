@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -68,6 +69,10 @@ func (p *process) status() (statusReply, error) {
 	if err != nil {
 		return s, err
 	}
+	firewalld, err := svc.kernel.Firewalld(ctx)
+	if err != nil {
+		return s, err
+	}
 	_, clusterErr := svc.cluster.get()
 	heard := svc.cluster.stats()
 	if clusterErr == nil && heard.Err != "" && heard.Twin == "" {
@@ -75,7 +80,7 @@ func (p *process) status() (statusReply, error) {
 	}
 	s.Problems = append(s.Problems, problems(view{
 		status: s, networks: nets, routes: routes, encryption: crypt, peers: peers, passes: svc.loop.Status(), clusterErr: clusterErr, twin: heard.Twin, otherKey: heard.Dropped["other-key"], refused: svc.driver.Refusals(),
-		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), noForward: notForwarding(cmp.Or(p.sysnet(), "/proc/sys/net")), xtablesShared: !isDevice(xtablesLock),
+		noUnderlay: u.Reason, addressSet: p.set.address.IsValid(), noForward: notForwarding(cmp.Or(p.sysnet(), "/proc/sys/net")), xtablesShared: !isDevice(xtablesLock), firewalld: firewalld,
 	})...)
 	return s, nil
 }
@@ -121,7 +126,8 @@ type view struct {
 	refused       map[store.NetworkID]driver.Refusal
 	noUnderlay    string   // why
 	noForward     []string // settings by which this host does not forward
-	addressSet    bool     // WEFT_ADDRESS
+	firewalld     kernel.Firewalld
+	addressSet    bool // WEFT_ADDRESS
 	xtablesShared bool
 }
 
@@ -182,6 +188,15 @@ func problems(v view) []problem {
 	}
 	if i := slices.IndexFunc(v.networks, func(n networkReply) bool { return n.Routed() || n.OwnGateway() }); i >= 0 && len(v.noForward) > 0 {
 		add("sysctl -w "+strings.Join(v.noForward, " ")+", and the same in /etc/sysctl.d; dockerd does it itself unless it runs with --ip-forward=false", "this host does not forward packets, which network %d needs that is routed, encrypted or has gateway=weft", v.networks[i].VNI)
+	}
+	if v.firewalld.Zones && len(v.networks) > 0 {
+		add("firewall-cmd --permanent --new-zone=weft, and what follows it in the README, Firewalls", "firewalld rejects what containers send each other and out: the links weft+ are in none of its zones")
+	}
+	bridged := func(n networkReply) bool {
+		return !n.Routed() && !n.OwnGateway() && slices.ContainsFunc(n.Prefixes(), func(p netip.Prefix) bool { return p.Addr().Is6() })
+	}
+	if i := slices.IndexFunc(v.networks, bridged); i >= 0 && v.firewalld.ReversePath {
+		add("IPv6_rpfilter=no in /etc/firewalld/firewalld.conf and firewall-cmd --reload, or -o gateway=weft", "firewalld drops the IPv6 of network %d, because this host has no route back to its containers", v.networks[i].VNI)
 	}
 	for _, n := range v.networks {
 		if len(n.Twice) > 0 {

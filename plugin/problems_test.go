@@ -40,6 +40,17 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"no forwarding", func(v *view) {
 			v.networks, v.noForward = []networkReply{{Network: store.Network{VNI: 4096, Mode: store.ModeRouted}}}, []string{"net.ipv4.ip_forward=1"}
 		}, "sysctl -w net.ipv4.ip_forward=1", false},
+		{"firewalld", func(v *view) {
+			v.networks, v.firewalld.Zones = []networkReply{{Network: store.Network{VNI: 4096}}}, true
+		}, "the links weft+ are in none of its zones", false},
+		{"firewalld and IPv6", func(v *view) {
+			v.firewalld.ReversePath = true
+			v.networks = []networkReply{
+				{Network: store.Network{VNI: 4096, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("10.9.0.0/16")}}}},
+				{Network: store.Network{VNI: 4097, GatewayWeft: true, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("fd01::/64")}}}},
+				{Network: store.Network{VNI: 4098, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("fd02::/64")}}}},
+			}
+		}, "firewalld drops the IPv6 of network 4098", false},
 		{"userspace", func(v *view) { v.encryption.Devices = []tunnelReply{{Name: "weftw0", Port: 4798}} }, "modprobe wireguard", true},
 		{"silent tunnel", func(v *view) {
 			v.peers = peer(func(p *peerReply) { p.ID = "b" })

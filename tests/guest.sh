@@ -61,7 +61,7 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmpfs /run
-for m in virtio_pci virtio_blk virtio_net wireguard veth bridge br_netfilter vxlan tun nf_tables nft_compat nft_chain_nat ip_set ip_set_hash_ip xt_set xt_CT xt_addrtype xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_TCPMSS xt_tcpudp ipt_rpfilter ip6t_rpfilter; do
+for m in virtio_pci virtio_blk virtio_net wireguard veth bridge br_netfilter vxlan tun nf_tables nft_compat nft_chain_nat ip_set ip_set_hash_ip xt_set xt_CT xt_addrtype xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_TCPMSS xt_tcpudp ipt_rpfilter ip6t_rpfilter sch_ingress cls_bpf act_gact; do
 	modprobe $m || echo "GUEST no module $m"
 done
 ip link set lo up

@@ -58,7 +58,8 @@ demo | demo-swarm | demo-encrypted)
 test | soak)
 	tests/engine.sh
 	tests/guest.sh
-	export WEFT_TEST_MUST=root,docker,engine,guest
+	tests/firewall.sh
+	export WEFT_TEST_MUST=root,docker,engine,guest,firewall
 	limit=60m
 	if [ "$what" = soak ]; then
 		export WEFT_SOAK=1

@@ -17,7 +17,7 @@ type TB interface {
 
 // Require skips the test unless the machine has what it needs: "root", "docker"
 // (dockerd and the programs beside it), "engine" (the newest one), "guest" (a virtual
-// machine of tests/guest.sh). Where WEFT_TEST_MUST lists the word, the test fails instead.
+// machine of tests/guest.sh), "firewall" (what tests/firewall.sh unpacks). Where WEFT_TEST_MUST lists the word, the test fails instead.
 func Require(t TB, words ...string) {
 	t.Helper()
 	must := strings.FieldsFunc(os.Getenv("WEFT_TEST_MUST"), func(r rune) bool { return r == ',' || r == ' ' })
@@ -40,6 +40,15 @@ func GuestDir() (string, error) {
 	}
 	cache, err := os.UserCacheDir()
 	return filepath.Join(cache, "weft", "guest"), err
+}
+
+// FirewallDir is where tests/firewall.sh puts ufw and firewalld.
+func FirewallDir() (string, error) {
+	if dir := os.Getenv("WEFT_FIREWALL_DIR"); dir != "" {
+		return dir, nil
+	}
+	cache, err := os.UserCacheDir()
+	return filepath.Join(cache, "weft", "firewall"), err
 }
 
 func missing(word string) string {
@@ -68,6 +77,14 @@ func missing(word string) string {
 		}
 		if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 			return "qemu-system-x86_64; install qemu-system-x86"
+		}
+	case "firewall":
+		dir, err := FirewallDir()
+		if err == nil {
+			_, err = os.Stat(filepath.Join(dir, "version"))
+		}
+		if err != nil {
+			return "ufw and firewalld: " + err.Error() + "; run tests/firewall.sh"
 		}
 	default:
 		return "nothing known by the word " + word
