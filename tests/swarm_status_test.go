@@ -23,7 +23,7 @@ func TestSwarmStatus(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := newSwarm(t, engine, false, "WEFT_SCOPE=global", "docker.source=/run/docker.sock")
+			s := newSwarm(t, engine, false, "WEFT_SCOPE=global", "docker.source=/run/docker.sock", "WEFT_PROGRAM=off")
 			a, b, c := s.lab.Hosts[0], s.lab.Hosts[1], s.lab.Hosts[2]
 			for _, h := range s.lab.Hosts {
 				says(t, h, nil)

@@ -26,6 +26,8 @@ type machine struct {
 	under      dataplane.Underlay
 	encrypted  bool // the network
 	led        bool // it has its own gateway
+	routed     bool // it is
+	services   []store.Service
 	endpoints  []store.Endpoint
 	containers []*kerneltest.Place
 }
@@ -34,6 +36,11 @@ const trafficVNI = 5000
 
 // newMachine makes host i (from 1) and wires it to the fabric.
 func newMachine(t *testing.T, fabric *kerneltest.Place, i int, v6 bool) *machine {
+	return newMachineWith(t, fabric, i, v6, nil)
+}
+
+// newMachineWith is newMachine with a port program.
+func newMachineWith(t *testing.T, fabric *kerneltest.Place, i int, v6 bool, program *kernel.Program) *machine {
 	m := &machine{Place: kerneltest.NewPlace(t)}
 	address := netip.MustParsePrefix(fmt.Sprintf("192.0.2.%d/24", i))
 	if v6 {
@@ -45,7 +52,7 @@ func newMachine(t *testing.T, fabric *kerneltest.Place, i int, v6 bool) *machine
 	m.self = store.Host{ID: store.HostID(fmt.Sprintf("host%d", i)), Address: address.Addr(), DataPort: kerneltest.Port}
 	var err error
 	m.Do(func() {
-		m.k, err = kernel.New(kernel.Config{WireGuardKey: kerneltest.WireGuardKey, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+		m.k, err = kernel.New(kernel.Config{Program: program, WireGuardKey: kerneltest.WireGuardKey, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 		if err == nil {
 			m.under, err = m.k.Underlay(t.Context(), address.Addr())
 		}
@@ -69,7 +76,10 @@ func (m *machine) program(t *testing.T, all ...*machine) {
 	t.Helper()
 	n := store.Network{ID: "net", VNI: trafficVNI, Mode: store.ModeVXLAN, Encrypted: m.encrypted, GatewayWeft: m.led, Subnets: []store.Subnet{
 		{Pool: netip.MustParsePrefix("10.9.0.0/24"), Gateway: netip.MustParseAddr("10.9.0.1")}, {Pool: netip.MustParsePrefix("fd09::/64"), Gateway: netip.MustParseAddr("fd09::1")}}}
-	s := store.Snapshot{VNI: trafficVNI, Self: m.self, Network: &n, Endpoints: m.endpoints}
+	if m.routed {
+		n.Mode = store.ModeRouted
+	}
+	s := store.Snapshot{VNI: trafficVNI, Self: m.self, Network: &n, Endpoints: m.endpoints, Services: m.services}
 	for _, o := range all {
 		if o == m {
 			continue
@@ -86,6 +96,9 @@ func (m *machine) program(t *testing.T, all ...*machine) {
 	records := store.HostSnapshot{Self: m.self, Networks: []store.Network{n}, Peers: s.Peers}
 	if m.encrypted {
 		records.Tunnels = s.Peers
+	}
+	if m.routed {
+		records.Routed = s.Peers
 	}
 	if m.led {
 		records.Published = m.endpoints
