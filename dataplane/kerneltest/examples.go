@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/store"
@@ -84,6 +85,7 @@ func Examples() []Example {
 		{"own gateway", Led(Network(4117, 2, 2, 2, under4, v4)), under4},
 		{"own gateway, dual stack", Led(Network(4118, 2, 2, 2, under4, v4, v6)), under4},
 		{"program", Network(4119, 2, 2, 2, prog4, v4, v6), prog4},
+		{"program, services", Served(Network(4121, 2, 2, 2, prog4, v4)), prog4},
 		{"program, routed", Routed(Network(4120, 2, 2, 2, progWide, v4)), progWide},
 		{"encrypted", Encrypted(Network(4112, 2, 2, 3, under4, v4), 1), under4},
 		{"encrypted, routed, dual stack", Encrypted(Routed(Network(4113, 2, 2, 2, under4, v4, v6)), 1), under4},
@@ -91,6 +93,20 @@ func Examples() []Example {
 		{"encrypted, keys change", Encrypted(Network(4115, 2, 2, 2, under4, v4), 2), under4},
 		{"encrypted, no underlay", Encrypted(Network(4116, 2, 1, 1, dataplane.Underlay{}, v4), 1), dataplane.Underlay{}},
 	}
+}
+
+// Served gives the network a service of all endpoints, and one of nobody.
+func Served(s store.Snapshot) store.Snapshot {
+	all := []netip.Addr{netip.MustParseAddr("10.1.0.250")} // whose endpoint is not known yet
+	for _, e := range s.Endpoints {
+		all = append(all, e.IPv4.Addr())
+	}
+	for _, e := range s.Remote {
+		all = append(all, e.IPv4)
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	s.Services = []store.Service{{VNI: s.VNI, VIP: netip.MustParseAddr("10.1.0.253"), Backends: all}, {VNI: s.VNI, VIP: netip.MustParseAddr("10.1.0.254")}}
+	return s
 }
 
 // Led gives the network a gateway of its own on its bridge, and publishes a port.

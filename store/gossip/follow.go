@@ -138,7 +138,7 @@ func (s *stream) ask(q request) (answer, error) {
 		if !more {
 			return all, nil
 		}
-		if len(eps)+len(nets) == 0 {
+		if len(eps)+len(nets)+len(services) == 0 {
 			return answer{}, errors.New("answer has empty parts")
 		}
 	}
