@@ -32,6 +32,7 @@ type figures struct {
 	udp        float64       // packets of 64 bytes received per second
 	rr         float64       // one-byte requests answered per second, one connection
 	rrP99      time.Duration // of one request
+	crr        float64       // connections made, used for one request and closed per second
 }
 
 // measure runs all flows over the path once, each for about d.
@@ -47,6 +48,9 @@ func (p path) measure(d time.Duration) (f figures, err error) {
 	}
 	if f.rr, f.rrP99, err = p.requests(d); err != nil {
 		return f, fmt.Errorf("%s: requests: %w", p.name, err)
+	}
+	if f.crr, err = p.connections(d); err != nil {
+		return f, fmt.Errorf("%s: connections: %w", p.name, err)
 	}
 	return f, nil
 }
@@ -292,6 +296,67 @@ func (p path) requests(d time.Duration) (rate float64, p99 time.Duration, err er
 	wait.Wait()
 	slices.Sort(times)
 	return float64(len(times)) / took.Seconds(), times[len(times)*99/100], nil
+}
+
+// connections makes a connection, sends a byte, waits for one and closes, for d.
+func (p path) connections(d time.Duration) (rate float64, err error) {
+	server, first, err := p.open(unix.SOCK_STREAM)
+	if err != nil {
+		return 0, err
+	}
+	port, err := portOf(server)
+	if err != nil {
+		return 0, err
+	}
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		runtime.LockOSThread()
+		buf := make([]byte, 1)
+		for {
+			conn, _, err := accept(server)
+			if err != nil {
+				return
+			}
+			if k, err := read(conn, buf); k == 1 && err == nil {
+				_, _ = write(conn, buf)
+				_, _ = read(conn, buf) // until the client closes: no port waits here
+			}
+			closeAll(conn)
+		}
+	})
+	closeAll(first)
+	n, start := 0, time.Now()
+	err = inside(p.client, func() error {
+		buf := make([]byte, 1)
+		for time.Since(start) < d {
+			fd, err := socket(unix.SOCK_STREAM, p.address)
+			if err != nil {
+				return err
+			}
+			// A port that waits for late packets could not be used again in time.
+			err = errors.Join(unix.Connect(fd, sockaddr(p.address, port)), unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}))
+			if err == nil {
+				_, err = write(fd, buf)
+			}
+			if err == nil {
+				_, err = read(fd, buf)
+			}
+			closeAll(fd)
+			if errors.Is(err, unix.EINTR) {
+				continue // a signal of the runtime's
+			}
+			if err != nil {
+				return err
+			}
+			n++
+		}
+		return nil
+	})
+	rate = float64(n) / time.Since(start).Seconds()
+	_ = unix.Shutdown(server, unix.SHUT_RDWR) // ends accept
+	wait.Wait()
+	closeAll(server)
+	return rate, err
 }
 
 // The runtime's signals interrupt raw calls: these try again.

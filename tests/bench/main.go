@@ -23,6 +23,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/safchain/ethtool"
+
 	"github.com/weftnet/weft/tests/hosts"
 )
 
@@ -30,17 +32,19 @@ func main() {
 	rounds := flag.Int("rounds", 5, "rounds over all paths")
 	length := flag.Duration("length", 600*time.Millisecond, "length of each flow in a round")
 	attaches := flag.Int("attaches", 9, "docker run --rm per network; 0 leaves that table out")
+	mtu := flag.Int("mtu", 1500, "MTU of the hosts' network")
+	wire := flag.Bool("wire", false, "no segmentation offload on the hosts' network: every packet is as large as its MTU")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := bench(ctx, *rounds, *length, *attaches); err != nil {
+	if err := bench(ctx, *rounds, *length, *attaches, *mtu, *wire); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)
 	}
 }
 
-func bench(ctx context.Context, rounds int, length time.Duration, attaches int) (err error) {
+func bench(ctx context.Context, rounds int, length time.Duration, attaches, mtu int, wire bool) (err error) {
 	dir, err := os.MkdirTemp("", "weft-bench-")
 	if err != nil {
 		return err
@@ -49,12 +53,17 @@ func bench(ctx context.Context, rounds int, length time.Duration, attaches int) 
 	if out, err := exec.CommandContext(ctx, "make", "-s", "plugin", "PLUGIN="+dir).CombinedOutput(); err != nil {
 		return fmt.Errorf("make plugin: %w: %s", err, out)
 	}
-	lab, err := hosts.New(ctx, hosts.Options{Hosts: []hosts.HostOptions{{Name: "alpha"}, {Name: "beta"}}})
+	lab, err := hosts.New(ctx, hosts.Options{MTU: mtu, Hosts: []hosts.HostOptions{{Name: "alpha"}, {Name: "beta"}}})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lab.Close()) }()
 	b := &setup{ctx: ctx, plugin: dir, a: lab.Hosts[0], b: lab.Hosts[1]}
+	if wire {
+		if err := b.noOffload(); err != nil {
+			return err
+		}
+	}
 	if err := b.networks(); err != nil {
 		return err
 	}
@@ -103,6 +112,14 @@ func (s *setup) networks() error {
 			"--ip-range", fmt.Sprintf("10.35.%d.0/24", i+1), "routed"); err != nil {
 			return err
 		}
+		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "-o", "fastpath=false", "--subnet", "10.37.0.0/16",
+			"--ip-range", fmt.Sprintf("10.37.%d.0/24", i+1), "weftslow"); err != nil {
+			return err
+		}
+		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "-o", "mode=routed", "-o", "fastpath=false", "--subnet", "10.38.0.0/16", "--gateway", "10.38.0.1",
+			"--ip-range", fmt.Sprintf("10.38.%d.0/24", i+1), "routedslow"); err != nil {
+			return err
+		}
 		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "-o", "encrypted", "--subnet", "10.36.0.0/16", "--gateway", "10.36.0.1",
 			"--ip-range", fmt.Sprintf("10.36.%d.0/24", i+1), "crypt"); err != nil {
 			return err
@@ -125,6 +142,25 @@ func (s *setup) networks() error {
 	return err
 }
 
+// noOffload makes the hosts' links carry single packets, as a wire does.
+func (s *setup) noOffload() error {
+	for _, h := range []*hosts.Host{s.a, s.b} {
+		err := inside(h.NetNS(), func() error {
+			tool, err := ethtool.NewEthtool()
+			if err != nil {
+				return err
+			}
+			defer tool.Close()
+			return tool.Change("eth0", map[string]bool{"tx-tcp-segmentation": false, "tx-tcp6-segmentation": false, "tx-udp-segmentation": false,
+				"tx-udp_tnl-segmentation": false, "tx-udp_tnl-csum-segmentation": false, "tx-generic-segmentation": false})
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // paths starts two containers of each network on the first host and one on the
 // second, and returns what to measure between.
 func (s *setup) paths() (same, across, encrypted []path, err error) {
@@ -139,7 +175,7 @@ func (s *setup) paths() (same, across, encrypted []path, err error) {
 	encrypted = append(encrypted, bare)
 	same = append(same, raw)
 	across = append(across, path{"host", s.a.NetNS(), s.b.NetNS(), s.b.Address})
-	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}, {"weft routed", "routed"}, {"weft encrypted", "crypt"}} {
+	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}, {"weft routed", "routed"}, {"weft, slow path", "weftslow"}, {"weft routed, slow path", "routedslow"}, {"weft encrypted", "crypt"}} {
 		one, _, err := s.container(s.a, n.network+"1", n.network)
 		if err != nil {
 			return nil, nil, nil, err
@@ -237,7 +273,7 @@ func table(title string, paths []path, rounds int, length time.Duration) error {
 			all[i] = append(all[i], f)
 		}
 	}
-	fmt.Printf("\n### %s\n\n| path | TCP 1 Gbit/s | TCP 4 Gbit/s | UDP kpps | request/response per s | p99 | CPU s per GB |\n|---|---|---|---|---|---|---|\n", title)
+	fmt.Printf("\n### %s\n\n| path | TCP 1 Gbit/s | TCP 4 Gbit/s | UDP kpps | request/response per s | p99 | connections per s | CPU s per GB |\n|---|---|---|---|---|---|---|---|\n", title)
 	cells := []struct {
 		format string
 		value  func(figures) float64
@@ -247,6 +283,7 @@ func table(title string, paths []path, rounds int, length time.Duration) error {
 		{"%.0f", func(f figures) float64 { return f.udp / 1e3 }},
 		{"%.0f", func(f figures) float64 { return f.rr }},
 		{"%.0f µs", func(f figures) float64 { return float64(f.rrP99.Microseconds()) }},
+		{"%.0f", func(f figures) float64 { return f.crr }},
 		{"%.2f", func(f figures) float64 { return f.cpuPerGB }},
 	}
 	for i, p := range paths {
