@@ -129,6 +129,8 @@ type Underlay struct {
 	Reason     string
 	// Program: this kernel runs the port program.
 	Program bool
+	// Ethernet: the program can stand on the link.
+	Ethernet bool
 }
 
 // OpError is the failure of one operation.

@@ -143,7 +143,7 @@ func planProgram(p Plan, s store.HostSnapshot, u Underlay) {
 		return
 	}
 	o := Program{Routed: slices.ContainsFunc(s.Networks, func(n store.Network) bool { return n.Mode == store.ModeRouted && !n.Encrypted })}
-	if u.Address.Is4() && slices.ContainsFunc(s.Networks, fast) {
+	if u.Address.Is4() && u.Ethernet && slices.ContainsFunc(s.Networks, fast) {
 		var peers []string
 		for _, peer := range s.Peers {
 			if peer.Address.Is4() && !across(s.Self, peer.Host, u) {
@@ -189,7 +189,7 @@ func planLocalDests(p Plan, s store.Snapshot, e store.Endpoint, u Underlay) {
 
 // planDest makes an endpoint of a peer known to the program.
 func planDest(p Plan, o Dest, n store.Network, u Underlay) {
-	if u.Program && !n.SlowPath && u.Address.Is4() && o.Peer.Is4() {
+	if u.Program && u.Ethernet && !n.SlowPath && u.Address.Is4() && o.Peer.Is4() {
 		p.Add(o)
 	}
 }

@@ -318,6 +318,11 @@ func (s *services) endpoints() ([]endpointReply, error) {
 		}
 		return nil
 	})
+	for i, e := range out {
+		if c, err := s.kernel.CountersOf(e.Link); e.Local && err == nil {
+			out[i].Program = &c
+		}
+	}
 	slices.SortStableFunc(out, func(a, b endpointReply) int {
 		if a.VNI != b.VNI {
 			return int(a.VNI) - int(b.VNI)

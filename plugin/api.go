@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel"
 	"github.com/weftnet/weft/ipam"
 	"github.com/weftnet/weft/store"
 )
@@ -106,7 +107,8 @@ type endpointReply struct {
 	IPv6    netip.Addr       `json:"ipv6,omitzero"`
 	Link    string           `json:"link,omitempty"` // host's side
 	Sandbox string           `json:"sandbox,omitempty"`
-	Ports   []store.Port     `json:"ports,omitempty"` // published by Weft
+	Ports   []store.Port     `json:"ports,omitempty"`   // published by Weft
+	Program *kernel.Counters `json:"program,omitempty"` // what the port program has counted of what it sent
 }
 
 // peerReply is one entry of GET /v1/peers.

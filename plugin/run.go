@@ -90,7 +90,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 		}
 		return errors.Join(keepChild(args, docker, admin, program, p.log), docker.Close(), admin.Close())
 	}
-	if p.program = kernel.NoProgram(*noProgram); *noProgram == "" {
+	if p.program = kernel.NoProgram(*noProgram, p.places.bpf); *noProgram == "" {
 		p.program = kernel.InheritProgram(firstProgramFile, p.places.bpf)
 	}
 	useFailPoints(p.places.state)
@@ -138,7 +138,7 @@ const switchedOff = "switched off by WEFT_PROGRAM=off"
 // nothing else does.
 func (p *process) loadProgram() *kernel.Program {
 	if p.set.program == "off" {
-		return kernel.NoProgram(switchedOff)
+		return kernel.NoProgram(switchedOff, p.places.bpf)
 	}
 	program := kernel.LoadProgram(p.places.bpf)
 	if err := program.Err(); err != nil {

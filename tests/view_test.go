@@ -63,6 +63,7 @@ type peerView struct {
 type statusView struct {
 	Ready    bool
 	IPTables string
+	Program  string
 	Problems []struct {
 		Text, Remedy string
 		Advice       bool

@@ -44,7 +44,7 @@ func BenchmarkEndpoint(b *testing.B) {
 	for _, n := range []int{10, 100, 1000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			bench(b, func(k *kernel.Kernel) {
-				u := dataplane.Underlay{Address: kerneltest.Underlay4, Link: kerneltest.UnderlayLink, MTU: kerneltest.UnderlayMTU, Program: true}
+				u := dataplane.Underlay{Address: kerneltest.Underlay4, Link: kerneltest.UnderlayLink, MTU: kerneltest.UnderlayMTU, Program: true, Ethernet: true}
 				few := kerneltest.Example{Snapshot: kerneltest.Network(4096, n, 1, 10, u, "10.1.0.0/16"), Underlay: u}
 				many := few
 				many.Snapshot = kerneltest.Network(4096, n+1, 1, 10, u, "10.1.0.0/16")
@@ -95,7 +95,7 @@ func BenchmarkEndpoint(b *testing.B) {
 // the pass for one change.
 func BenchmarkRemote(b *testing.B) {
 	bench(b, func(k *kernel.Kernel) {
-		u := dataplane.Underlay{Address: kerneltest.Underlay4, Link: kerneltest.UnderlayLink, MTU: kerneltest.UnderlayMTU, Program: true}
+		u := dataplane.Underlay{Address: kerneltest.Underlay4, Link: kerneltest.UnderlayLink, MTU: kerneltest.UnderlayMTU, Program: true, Ethernet: true}
 		e := kerneltest.Example{Snapshot: kerneltest.Network(4096, 10, 100, 100, u, "10.0.0.0/8"), Underlay: u}
 		var programming, reading, removing time.Duration
 		for b.Loop() {

@@ -79,7 +79,7 @@ func TestUnderlayOfDefaultRoute(t *testing.T) {
 		ip link set other1 up
 		ip route add default via 10.77.0.254 dev other0 src 10.77.0.2`)
 	u, err = k.Underlay(t.Context(), netip.Addr{})
-	want := dataplane.Underlay{Program: true, Address: netip.MustParseAddr("10.77.0.2"), Prefix: netip.MustParsePrefix("10.77.0.0/24"), Link: "other0", MTU: 1400, NoChecksum: true, Reason: "switched off by setting"}
+	want := dataplane.Underlay{Program: true, Ethernet: true, Address: netip.MustParseAddr("10.77.0.2"), Prefix: netip.MustParsePrefix("10.77.0.0/24"), Link: "other0", MTU: 1400, NoChecksum: true, Reason: "switched off by setting"}
 	if err != nil || u != want {
 		t.Errorf("got %+v, %v; want %+v", u, err, want)
 	}

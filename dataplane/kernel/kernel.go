@@ -94,7 +94,7 @@ func New(cfg Config) (_ *Kernel, err error) {
 	if !slices.Contains([]string{"auto", "on", "off"}, cfg.Checksum) {
 		return nil, fmt.Errorf("checksum offload %q is not known; use auto, on or off", cfg.Checksum)
 	}
-	k := &Kernel{cfg: cfg, log: cfg.Log, program: cmp.Or(cfg.Program, NoProgram("not asked for")), tunnels: tunnels{own: map[string]*ownDevice{}}}
+	k := &Kernel{cfg: cfg, log: cfg.Log, program: cmp.Or(cfg.Program, NoProgram("not asked for", "")), tunnels: tunnels{own: map[string]*ownDevice{}}}
 	defer func() {
 		if err != nil {
 			k.Close()

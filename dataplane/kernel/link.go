@@ -46,6 +46,7 @@ type link struct {
 	mtu    int
 	mac    store.MAC
 	up     bool
+	ether  bool // frames have Ethernet headers
 	port   port
 	bridge bridgeSettings
 	tunnel tunnel
@@ -141,6 +142,7 @@ func parseLink(b []byte) (*link, bool) {
 	l := &link{
 		index:   int32(binary.NativeEndian.Uint32(b[4:])),
 		up:      binary.NativeEndian.Uint32(b[8:])&unix.IFF_UP != 0,
+		ether:   binary.NativeEndian.Uint16(b[2:]) == unix.ARPHRD_ETHER,
 		closed6: true, // unless the link has a part of IPv6
 	}
 	for t, v := range attrs(b[unix.SizeofIfInfomsg:]) {

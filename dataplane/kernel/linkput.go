@@ -367,14 +367,12 @@ func (k *Kernel) putVeth(o dataplane.Veth) error {
 // raiseVeth sets the link up; before that the port program stands on it, and a router's
 // port gets what makes it one.
 func (k *Kernel) raiseVeth(o dataplane.Veth) error {
-	if k.program.err == nil {
-		l, err := k.link(o.Name)
-		if err != nil {
-			return err
-		}
-		if err := k.putPort(l.index, o.Program); err != nil {
-			return err
-		}
+	l, err := k.link(o.Name)
+	if err != nil {
+		return err
+	}
+	if err := k.putPort(l.index, o.Program); err != nil {
+		return err
 	}
 	if o.Router.On {
 		if err := k.putRouter(o.Name, o.Router); err != nil {

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/dataplane/kernel/bpf"
@@ -28,7 +31,7 @@ func (p *Program) canaries() bool {
 // readProgram adds what of the program stands on the underlay's link to p.
 func (k *Kernel) readProgram(p dataplane.Plan) error {
 	if k.program.err != nil {
-		return nil
+		return k.readLeft(p)
 	}
 	m := &k.program.objects
 	var s bpf.ProgramSettings
@@ -85,6 +88,16 @@ func (k *Kernel) readProgram(p dataplane.Plan) error {
 	o.Peers = joinSorted(all)
 	p.Add(o)
 	return nil
+}
+
+// readLeft adds what an earlier process has left of the program, for none is wanted.
+func (k *Kernel) readLeft(p dataplane.Plan) error {
+	_, err := os.Stat(k.program.pins)
+	all, err2 := k.filters(k.underlay.Load(), netlink.HANDLE_MIN_INGRESS)
+	if k.program.pins != "" && err == nil || slices.ContainsFunc(all, func(f filter) bool { return f.ours }) {
+		p.Add(dataplane.Program{Stray: 1})
+	}
+	return err2
 }
 
 func (k *Kernel) putProgram(o dataplane.Program) error {
@@ -160,7 +173,7 @@ func (k *Kernel) forgetStray() error {
 // deleteProgram takes the program off the underlay's link and empties its maps.
 func (k *Kernel) deleteProgram() error {
 	if k.program.err != nil {
-		return nil
+		return errors.Join(k.detach(k.underlay.Load()), k.program.unpin())
 	}
 	m := &k.program.objects
 	k.program.used.Store(false)
@@ -182,7 +195,11 @@ func (k *Kernel) deleteProgram() error {
 // does not stand on the link as this process would set it up.
 func (k *Kernel) readPort(l *link) (dataplane.Port, error) {
 	if k.program.err != nil {
-		return dataplane.Port{}, nil
+		all, err := k.filters(l.index, netlink.HANDLE_MIN_INGRESS)
+		if slices.ContainsFunc(all, func(f filter) bool { return f.ours }) {
+			return dataplane.Port{Other: true}, err // of an earlier process; nobody wants it
+		}
+		return dataplane.Port{}, err
 	}
 	var v bpf.ProgramPort
 	err := k.program.objects.WeftPorts.Lookup(uint32(l.index), &v)
@@ -206,10 +223,7 @@ func (k *Kernel) readPort(l *link) (dataplane.Port, error) {
 
 // putPort makes the program stand on the endpoint's link, before that is set up.
 func (k *Kernel) putPort(index int32, o dataplane.Port) error {
-	if k.program.err != nil {
-		return nil
-	}
-	if o == (dataplane.Port{}) {
+	if k.program.err != nil || o == (dataplane.Port{}) {
 		k.forgetPort(index)
 		return k.detach(index)
 	}

@@ -71,18 +71,23 @@ type dest struct {
 	value bpf.ProgramDest
 }
 
-// NoProgram returns a port program that is not loaded, for a reason.
-func NoProgram(reason string) *Program { return &Program{err: errors.New(reason)} }
+// NoProgram returns a port program that is not loaded, for a reason. What an earlier
+// process has left of it is removed.
+func NoProgram(reason, folder string) *Program {
+	p := &Program{err: errors.New(reason)}
+	p.place(folder)
+	return p
+}
 
 // LoadProgram loads the port program into the kernel, which takes CAP_BPF, CAP_PERFMON
 // and CAP_NET_ADMIN; to use it takes the first and the last. folder is of a bpf file
 // system, or anything else if there is none. Networks work without the program.
 func LoadProgram(folder string) *Program {
 	p := &Program{err: kernelFloor()}
+	p.place(folder)
 	if p.err != nil {
 		return p
 	}
-	p.place(folder)
 	options := ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: p.pins}}
 	if p.err = p.load(options); errors.Is(p.err, ebpf.ErrMapIncompatible) {
 		// Of another version; its filters keep its maps until they are replaced.

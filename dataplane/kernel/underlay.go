@@ -52,7 +52,7 @@ func (k *Kernel) Underlay(ctx context.Context, want netip.Addr) (dataplane.Under
 		return dataplane.Underlay{Reason: reason, Program: k.program.err == nil}, nil
 	}
 	l := links[at]
-	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu, Program: k.program.err == nil}
+	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu, Program: k.program.err == nil, Ethernet: l.ether}
 	all, err := k.addresses()
 	if err != nil {
 		return dataplane.Underlay{}, err

@@ -57,7 +57,9 @@ func Examples() []Example {
 	wide4, wide6 := under4, under6 // all peers are on the link
 	wide4.Prefix, wide6.Prefix = netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")
 	prog4, progWide := under4, wide4
-	prog4.Program, progWide.Program = true, true
+	for _, u := range []*dataplane.Underlay{&prog4, &progWide} {
+		u.Program, u.Ethernet = true, true
+	}
 	v4, v6 := "10.1.0.0/24", "fd00:1::/64"
 	noCheck := under4
 	noCheck.NoChecksum, noCheck.Reason = true, "as the test has it"

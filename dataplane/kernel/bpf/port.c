@@ -295,7 +295,7 @@ int weft_from_underlay(struct __sk_buff *skb)
 	struct dest *d;
 	__u32 len;
 
-	if (!s || !s->self)
+	if (!s || !s->self || skb->vlan_present)
 		return TC_ACT_UNSPEC;
 	if (!holds(skb, at(skb, 0), front))
 		bpf_skb_pull_data(skb, skb->len < front ? 0 : front);
