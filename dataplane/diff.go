@@ -40,19 +40,21 @@ func (o Op) String() string {
 // changed in order of kind, then what is to go in reverse order. A joined Veth
 // that is not there is left out, since nobody can make it again.
 func Diff(want, have Plan) []Op {
-	var ops []Op
+	var ops, gone []Op
 	for k, w := range want {
 		h, ok := have[k]
-		if !ok && lost(w, want, have) {
-			continue
-		}
-		if !ok {
-			ops = append(ops, Op{Verb: Put, Object: w})
-		} else if !same(h, w) {
+		switch {
+		case ok && same(h, w):
+		case lost(w, want, have):
+			if ok { // what does not go with its link, in a map of the program
+				gone = append(gone, Op{Verb: Delete, Object: h})
+			}
+		case ok:
 			ops = append(ops, Op{Verb: Put, Object: w, Old: h})
+		default:
+			ops = append(ops, Op{Verb: Put, Object: w})
 		}
 	}
-	var gone []Op
 	for k, h := range have {
 		if _, ok := want[k]; !ok {
 			gone = append(gone, Op{Verb: Delete, Object: h})

@@ -396,7 +396,7 @@ func concerning(errs []*OpError, e store.EndpointID, encrypted bool) error {
 			if o.Link == "" || e != "" && o.Link == VethName(e) {
 				return err
 			}
-		case Neigh, TunnelPeer:
+		case Neigh, TunnelPeer, Program, Dest, Service: // it works without them
 		case WireGuard:
 			if encrypted {
 				return err
