@@ -188,7 +188,8 @@ func forbidden(b []byte) string {
 		if len(b) < 42 || !bytes.Equal(b[22:28], own.MAC[:]) {
 			return "ARP with another's MAC"
 		}
-		if a := netip.AddrFrom4([4]byte(b[28:32])); a != own.IPv4 && !(a.IsUnspecified() && b[21] == 1) {
+		asked := netip.AddrFrom4([4]byte(b[38:42]))
+		if a := netip.AddrFrom4([4]byte(b[28:32])); a != own.IPv4 && !(a.IsUnspecified() && b[21] == 1 && asked == own.IPv4) {
 			return "ARP with another's address"
 		}
 	default:
@@ -225,6 +226,11 @@ func forbidden6(b []byte) string {
 	if next == 58 && len(rest) >= 24 && rest[0] == 136 {
 		if target := netip.AddrFrom16([16]byte(rest[8:24])); target != own.IPv6 && target != own.LinkLocal() {
 			return "an advertisement of another's address"
+		}
+	}
+	if next == 58 && len(rest) >= 24 && rest[0] == 135 && src.IsUnspecified() {
+		if target := netip.AddrFrom16([16]byte(rest[8:24])); target != own.IPv6 && target != own.LinkLocal() {
+			return "a question that takes another's address away"
 		}
 	}
 	if next == 17 && len(rest) >= 2 && binary.BigEndian.Uint16(rest) == 547 {

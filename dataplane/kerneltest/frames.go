@@ -56,6 +56,12 @@ func Frames(rng *rand.Rand, own, victim Station) []Frame {
 		{"ns", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, protoICMP6, nd(135, victim.IPv6, 1, own.MAC))), ""},
 		{"na", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, protoICMP6, nd(136, own.IPv6, 2, own.MAC))), ""},
 		{"dad", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(netip.IPv6Unspecified(), victim.IPv6, protoICMP6, nd(135, own.IPv6, 0, own.MAC))), ""},
+		{"ns with padding", ethernet(victim.MAC, own.MAC, typeIPv6, append(ipv6(own.IPv6, victim.IPv6, protoICMP6, nd(135, victim.IPv6, 1, own.MAC)), Marker...)), ""},
+		{"ipv6 behind headers", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, 60, chain(3))), ""},
+		{"ipv4 fragment", ethernet(victim.MAC, own.MAC, typeIPv4, part(ipv4(own.IPv4, victim.IPv4, protoUDP, udp(sport, 9)), 0x2000)), ""},
+		{"ipv4 next fragment", ethernet(victim.MAC, own.MAC, typeIPv4, part(ipv4(own.IPv4, victim.IPv4, protoUDP, udp(67, 68)), 1)), ""},
+		{"ipv6 fragment", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, 44, fragment(protoUDP, 1, udp(sport, 9)))), ""},
+		{"ipv6 next fragment", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, 44, fragment(protoUDP, 8, udp(547, 546)))), ""},
 
 		{"mac", ethernet(victim.MAC, other.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoUDP, udp(sport, 9))), "mac"},
 		{"victim's mac", ethernet(broadcast, victim.MAC, typeARP, arp(1, victim.MAC, own.IPv4, victim.IPv4)), "mac"},
@@ -69,6 +75,8 @@ func Frames(rng *rand.Rand, own, victim Station) []Frame {
 		{"gratuitous arp", ethernet(broadcast, own.MAC, typeARP, arp(1, own.MAC, stranger4, stranger4)), "arp"},
 		{"arp with another mac", ethernet(victim.MAC, own.MAC, typeARP, arp(2, other.MAC, own.IPv4, victim.IPv4)), "arp"},
 		{"arp answer of none", ethernet(broadcast, own.MAC, typeARP, arp(2, own.MAC, netip.IPv4Unspecified(), victim.IPv4)), "arp"},
+		{"arp probe for victim", ethernet(broadcast, own.MAC, typeARP, arp(1, own.MAC, netip.IPv4Unspecified(), victim.IPv4)), "arp"},
+		{"dad for victim", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(netip.IPv6Unspecified(), victim.IPv6, protoICMP6, nd(135, victim.IPv6, 0, own.MAC))), "nd"},
 		{"na for victim", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, protoICMP6, nd(136, victim.IPv6, 2, own.MAC))), "nd"},
 		{"na with another mac", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, protoICMP6, nd(136, own.IPv6, 2, other.MAC))), "nd"},
 		{"ns with another mac", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, protoICMP6, nd(135, victim.IPv6, 1, other.MAC))), "nd"},
@@ -80,6 +88,12 @@ func Frames(rng *rand.Rand, own, victim Station) []Frame {
 		{"too many headers", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, 60, chain(7))), "headers"},
 		{"dhcp server", ethernet(victim.MAC, own.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoUDP, udp(67, 68))), "dhcp"},
 		{"dhcpv6 server", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.LinkLocal(), victim.IPv6, protoUDP, udp(547, 546))), "dhcp"},
+		{"dhcp server in a fragment", ethernet(victim.MAC, own.MAC, typeIPv4, part(ipv4(own.IPv4, victim.IPv4, protoUDP, udp(67, 68)), 0x2000)), "dhcp"},
+		{"dhcpv6 server in a fragment", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, 44, fragment(protoUDP, 1, udp(547, 546)))), "dhcp"},
+		{"fragment of another", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(victim.IPv6, victim.IPv6, 44, fragment(protoUDP, 8, udp(sport, 9)))), "ipv6"},
+		{"ra in a fragment", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.LinkLocal(), victim.IPv6, 44, fragment(protoICMP6, 1, advertisement()))), "nd"},
+		{"ra behind padding", ethernet(victim.MAC, own.MAC, typeIPv6, append(ipv6(own.LinkLocal(), victim.IPv6, 44, fragment(60, 1, extension(protoICMP6, nil))), padding...)), "short"},
+		{"dhcp server behind padding", ethernet(victim.MAC, own.MAC, typeIPv4, append(part(ipv4(own.IPv4, victim.IPv4, protoUDP, nil), 0x2000), padding...)), "short"},
 		{"vlan", ethernet(victim.MAC, own.MAC, 0x8100, append([]byte{0, 5, 8, 0}, ipv4(own.IPv4, victim.IPv4, protoUDP, udp(sport, 9))...)), "vlan"},
 		{"vlan in vlan", ethernet(victim.MAC, own.MAC, 0x88a8, append([]byte{0, 5, 0x81, 0, 0, 6, 8, 0}, ipv4(own.IPv4, victim.IPv4, protoUDP, udp(sport, 9))...)), "vlan"},
 		{"stp", ethernet(store.MAC{1, 0x80, 0xc2, 0, 0, 0}, own.MAC, 0x26, append([]byte{0x42, 0x42, 3}, Marker...)), "bridge"},
@@ -87,6 +101,8 @@ func Frames(rng *rand.Rand, own, victim Station) []Frame {
 		{"length", ethernet(broadcast, own.MAC, 0x0040, []byte(Marker)), "bridge"},
 		{"ethertype", ethernet(victim.MAC, own.MAC, 0x88b5, []byte(Marker)), "ethertype"},
 		{"ipv4 too short", ethernet(victim.MAC, own.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoUDP, nil)[:12]), "short"},
+		{"ipv4 longer than its frame", ethernet(victim.MAC, own.MAC, typeIPv4, cut(ipv4(own.IPv4, victim.IPv4, protoUDP, append(udp(sport, 9), 0)))), "short"},
+		{"ipv6 longer than its frame", ethernet(victim.MAC, own.MAC, typeIPv6, cut(ipv6(own.IPv6, victim.IPv6, protoUDP, append(udp(sport, 9), 0)))), "short"},
 		{"udp too short", ethernet(victim.MAC, own.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoUDP, []byte{0})), "short"},
 		{"ipv6 too short", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, protoUDP, nil)[:30]), "short"},
 	}
@@ -175,6 +191,26 @@ func chain(n int) []byte {
 		b, next = extension(next, b), 60
 	}
 	return b
+}
+
+// padding lies behind a packet whose next fragment has the header that it seems to be: an
+// echo request, or a source port of nobody's.
+var padding = append([]byte{128, 0, 0, 0, 0, 0, 0, 0}, Marker...)
+
+// cut takes the last byte off.
+func cut(b []byte) []byte { return b[:len(b)-1] }
+
+// part makes an IPv4 packet a fragment, by its flags and offset.
+func part(b []byte, flags uint16) []byte {
+	binary.BigEndian.PutUint16(b[6:], flags)
+	b[10], b[11] = 0, 0
+	binary.BigEndian.PutUint16(b[10:], ^sum(0, b[:20]))
+	return b
+}
+
+// fragment puts IPv6's header of one before a payload; 1 in flags: more follow.
+func fragment(next byte, flags uint16, payload []byte) []byte {
+	return append([]byte{next, 0, byte(flags >> 8), byte(flags), 0, 0, 0, 7}, payload...)
 }
 
 // sum is the ones' complement sum of RFC 1071.

@@ -32,12 +32,14 @@ static __always_inline int guard_arp(struct __sk_buff *skb, const struct port *p
 		return DROP_ARP;
 	if (a.sender_ip == p->ip4 && p->ip4)
 		return PASS;
-	/* A probe (RFC 5227) asks whether an address is free, and claims none. */
-	return a.op == bpf_htons(1) && a.sender_ip == 0 ? PASS : DROP_ARP;
+	/* A probe (RFC 5227) asks whether an address is free. To whom is about to take it
+	 * that says that it is not, so nobody asks for another's. */
+	return a.op == bpf_htons(1) && a.sender_ip == 0 && a.target_ip == p->ip4 && p->ip4 ? PASS : DROP_ARP;
 }
 
-/* guard_nd looks at a message of neighbour discovery at offset. */
-static __always_inline int guard_nd(struct __sk_buff *skb, const struct port *p, __u32 offset, __u8 type)
+/* guard_nd looks at a message of neighbour discovery from offset to end; anonymous: its
+ * sender has no address. */
+static __always_inline int guard_nd(struct __sk_buff *skb, const struct port *p, __u32 offset, __u32 end, __u8 type, int anonymous)
 {
 	struct {
 		__u8 type, len;
@@ -51,14 +53,15 @@ static __always_inline int guard_nd(struct __sk_buff *skb, const struct port *p,
 	if (type == ND_NS || type == ND_NA) {
 		if (bpf_skb_load_bytes(skb, offset, &m, sizeof(m)))
 			return DROP_SHORT;
-		if (type == ND_NA && !own_addr(p, &m.target))
+		/* Without an address a host asks whether one is free; as with ARP. */
+		if ((type == ND_NA || anonymous) && !own_addr(p, &m.target))
 			return DROP_ND;
 		offset += sizeof(m);
 	} else {
 		offset += 8; /* a router solicitation */
 	}
 	for (i = 0; i < MAX_ND_OPTIONS; i++) {
-		if (offset == skb->len)
+		if (offset == end)
 			return PASS;
 		if (bpf_skb_load_bytes(skb, offset, &option, sizeof(option)))
 			return DROP_ND;
@@ -73,29 +76,37 @@ static __always_inline int guard_nd(struct __sk_buff *skb, const struct port *p,
 }
 
 /* guard_udp refuses what only a DHCP server sends. */
-static __always_inline int guard_udp(struct __sk_buff *skb, __u32 offset, __be16 server)
+static __always_inline int guard_udp(struct __sk_buff *skb, __u32 offset, __u32 end, __be16 server)
 {
 	__be16 src;
 
+	if (offset + sizeof(struct udp) > end)
+		return DROP_SHORT;
 	if (bpf_skb_load_bytes(skb, offset, &src, sizeof(src)))
 		return DROP_SHORT;
 	return src == server ? DROP_DHCP : PASS;
 }
 
+/* Of a packet it is what lies before end that counts, by its own length. The rest is
+ * padding, which the receiver takes off: where a header seems to be there, it really is
+ * in the next fragment, which nobody looks at. */
 static __always_inline int guard_ip4(struct __sk_buff *skb, const struct port *p)
 {
 	struct ip4 ip;
-	__u32 header;
+	__u32 header, end;
 
 	if (bpf_skb_load_bytes(skb, sizeof(struct eth), &ip, sizeof(ip)))
 		return DROP_SHORT;
 	header = (ip.version_ihl & 15) * 4;
 	if (ip.version_ihl >> 4 != 4 || header < sizeof(ip) || bpf_ntohs(ip.len) < header)
 		return DROP_HEADERS;
+	end = sizeof(struct eth) + bpf_ntohs(ip.len);
+	if (end > skb->len)
+		return DROP_SHORT;
 	if (!p->ip4 || ip.src != p->ip4)
 		return DROP_IP4;
 	if (ip.next == NEXT_UDP && !(ip.frag & IP4_OFFSET))
-		return guard_udp(skb, sizeof(struct eth) + header, bpf_htons(67));
+		return guard_udp(skb, sizeof(struct eth) + header, end, bpf_htons(67));
 	return PASS;
 }
 
@@ -106,7 +117,7 @@ static __always_inline int guard_ip6(struct __sk_buff *skb, const struct port *p
 		__be16 offset; /* of a fragment */
 	} ext;
 	struct ip6 ip;
-	__u32 offset = sizeof(struct eth) + sizeof(ip);
+	__u32 offset = sizeof(struct eth) + sizeof(ip), end;
 	__u8 next, type;
 	int i;
 
@@ -114,11 +125,14 @@ static __always_inline int guard_ip6(struct __sk_buff *skb, const struct port *p
 		return DROP_SHORT;
 	if ((bpf_ntohl(ip.version_class_flow) >> 28) != 6)
 		return DROP_HEADERS;
+	end = ip.len ? offset + bpf_ntohs(ip.len) : skb->len; /* 0: a jumbogram (RFC 2675) */
+	if (end > skb->len)
+		return DROP_SHORT;
 	next = ip.next;
 	for (i = 0; i < MAX_HEADERS; i++) {
 		if (next != NEXT_HOP && next != NEXT_ROUTE && next != NEXT_DEST && next != NEXT_FRAGMENT && next != NEXT_AH)
 			break;
-		if (bpf_skb_load_bytes(skb, offset, &ext, sizeof(ext)))
+		if (offset + 8 > end || bpf_skb_load_bytes(skb, offset, &ext, sizeof(ext)))
 			return DROP_SHORT;
 		if (next == NEXT_FRAGMENT && (ext.offset & bpf_htons(0xfff8))) {
 			/* What follows is no header; what the first fragment says decides. */
@@ -130,15 +144,14 @@ static __always_inline int guard_ip6(struct __sk_buff *skb, const struct port *p
 	if (i == MAX_HEADERS)
 		return DROP_HEADERS;
 	if (next == NEXT_ICMP6) {
-		if (bpf_skb_load_bytes(skb, offset, &type, sizeof(type)))
+		if (offset >= end || bpf_skb_load_bytes(skb, offset, &type, sizeof(type)))
 			return DROP_SHORT;
 		if (type >= ND_RS && type <= ND_REDIRECT) {
 			if (i > 0)
 				return DROP_ND; /* RFC 6980; nobody puts headers before these */
-			i = guard_nd(skb, p, offset, type);
+			i = guard_nd(skb, p, offset, end, type, no_addr(&ip.src));
 			if (i != PASS)
 				return i;
-			/* Without an address of its own a host asks whether one is free. */
 			if (no_addr(&ip.src))
 				return type == ND_NA ? DROP_ND : PASS;
 		}
@@ -149,7 +162,7 @@ static __always_inline int guard_ip6(struct __sk_buff *skb, const struct port *p
 	if (!own_addr(p, &ip.src))
 		return DROP_IP6;
 	if (next == NEXT_UDP)
-		return guard_udp(skb, offset, bpf_htons(547));
+		return guard_udp(skb, offset, end, bpf_htons(547));
 	return PASS;
 }
 
