@@ -179,7 +179,11 @@ func forbidden(b []byte) string {
 		if len(b) < 34 || netip.AddrFrom4([4]byte(b[26:30])) != own.IPv4 {
 			return "another's IPv4 address"
 		}
-		if at := 14 + int(b[14]&15)*4; b[23] == 17 && b[20]&0x1f == 0 && b[21] == 0 && (len(b) < at+2 || binary.BigEndian.Uint16(b[at:]) == 67) {
+		at := 14 + int(b[14]&15)*4
+		if b[23] == 1 && b[20]&0x1f == 0 && b[21] == 0 && (len(b) < at+1 || b[at] == 5 || b[at] == 9) {
+			return "a router's message"
+		}
+		if b[23] == 17 && b[20]&0x1f == 0 && b[21] == 0 && (len(b) < at+4 || binary.BigEndian.Uint16(b[at:]) == 67 || binary.BigEndian.Uint16(b[at+2:]) == 68) {
 			return "a DHCP server"
 		}
 	case 0x86dd:
@@ -233,7 +237,7 @@ func forbidden6(b []byte) string {
 			return "a question that takes another's address away"
 		}
 	}
-	if next == 17 && len(rest) >= 2 && binary.BigEndian.Uint16(rest) == 547 {
+	if next == 17 && len(rest) >= 4 && (binary.BigEndian.Uint16(rest) == 547 || binary.BigEndian.Uint16(rest[2:]) == 546) {
 		return "a DHCPv6 server"
 	}
 	asks := next == 58 && len(rest) > 0 && (rest[0] == 133 || rest[0] == 135 || rest[0] == 143 || rest[0] == 131 || rest[0] == 132)

@@ -33,7 +33,8 @@ const Marker = "weft-hostile"
 
 const (
 	typeIPv4, typeIPv6, typeARP = 0x0800, 0x86dd, 0x0806
-	protoUDP, protoICMP6        = 17, 58
+	protoICMP, protoUDP         = 1, 17
+	protoICMP6                  = 58
 )
 
 // Frames returns one frame of each kind that an endpoint may send to another, and of
@@ -43,7 +44,7 @@ func Frames(rng *rand.Rand, own, victim Station) []Frame {
 	other.MAC = store.DeriveMAC("hostile", string(rune(rng.Uint32()&0xffff)))
 	stranger4 := victim.IPv4
 	if rng.Uint32()&1 == 0 {
-		stranger4 = netip.AddrFrom4([4]byte{10, byte(rng.Uint32()), byte(rng.Uint32()), 1})
+		stranger4 = netip.AddrFrom4([4]byte{10, byte(rng.Uint32()), byte(rng.Uint32()), 254})
 	}
 	udp := func(src, dst uint16) []byte { return udpPacket(src, dst) }
 	sport := uint16(1024 + rng.Uint32()%60000)
@@ -85,9 +86,13 @@ func Frames(rng *rand.Rand, own, victim Station) []Frame {
 		{"ra", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.LinkLocal(), victim.IPv6, protoICMP6, advertisement())), "ra"},
 		{"ra behind a header", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.LinkLocal(), victim.IPv6, 0, extension(protoICMP6, advertisement()))), "nd"},
 		{"redirect", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.LinkLocal(), victim.IPv6, protoICMP6, nd(137, victim.IPv6, 2, own.MAC))), "ra"},
+		{"ipv4 redirect", ethernet(victim.MAC, own.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoICMP, icmp(5, own.IPv4))), "ra"},
+		{"ipv4 router", ethernet(victim.MAC, own.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoICMP, icmp(9, own.IPv4))), "ra"},
 		{"too many headers", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, 60, chain(7))), "headers"},
 		{"dhcp server", ethernet(victim.MAC, own.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoUDP, udp(67, 68))), "dhcp"},
 		{"dhcpv6 server", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.LinkLocal(), victim.IPv6, protoUDP, udp(547, 546))), "dhcp"},
+		{"dhcp server on another port", ethernet(victim.MAC, own.MAC, typeIPv4, ipv4(own.IPv4, victim.IPv4, protoUDP, udp(sport, 68))), "dhcp"},
+		{"dhcpv6 server on another port", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.LinkLocal(), victim.IPv6, protoUDP, udp(sport, 546))), "dhcp"},
 		{"dhcp server in a fragment", ethernet(victim.MAC, own.MAC, typeIPv4, part(ipv4(own.IPv4, victim.IPv4, protoUDP, udp(67, 68)), 0x2000)), "dhcp"},
 		{"dhcpv6 server in a fragment", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(own.IPv6, victim.IPv6, 44, fragment(protoUDP, 1, udp(547, 546)))), "dhcp"},
 		{"fragment of another", ethernet(victim.MAC, own.MAC, typeIPv6, ipv6(victim.IPv6, victim.IPv6, 44, fragment(protoUDP, 8, udp(sport, 9)))), "ipv6"},
@@ -151,6 +156,14 @@ func udpPacket(src, dst uint16) []byte {
 	b = binary.BigEndian.AppendUint16(b, dst)
 	b = binary.BigEndian.AppendUint16(b, uint16(8+len(Marker)))
 	return append(append(b, 0, 0), Marker...)
+}
+
+// icmp is a message that names a router.
+func icmp(kind byte, router netip.Addr) []byte {
+	b := append([]byte{kind, 1, 0, 0}, router.AsSlice()...)
+	b = append(b, Marker...)
+	binary.BigEndian.PutUint16(b[2:], ^sum(0, b))
+	return b
 }
 
 func arp(op byte, sender store.MAC, senderIP, target netip.Addr) []byte {

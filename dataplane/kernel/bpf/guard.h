@@ -75,16 +75,17 @@ static __always_inline int guard_nd(struct __sk_buff *skb, const struct port *p,
 	return DROP_ND;
 }
 
-/* guard_udp refuses what only a DHCP server sends. */
-static __always_inline int guard_udp(struct __sk_buff *skb, __u32 offset, __u32 end, __be16 server)
+/* guard_udp refuses what only a DHCP server sends. Most clients look at their own port
+ * alone. */
+static __always_inline int guard_udp(struct __sk_buff *skb, __u32 offset, __u32 end, __be16 server, __be16 client)
 {
-	__be16 src;
+	struct udp udp;
 
 	if (offset + sizeof(struct udp) > end)
 		return DROP_SHORT;
-	if (bpf_skb_load_bytes(skb, offset, &src, sizeof(src)))
+	if (bpf_skb_load_bytes(skb, offset, &udp, sizeof(udp)))
 		return DROP_SHORT;
-	return src == server ? DROP_DHCP : PASS;
+	return udp.src == server || udp.dst == client ? DROP_DHCP : PASS;
 }
 
 /* Of a packet it is what lies before end that counts, by its own length. The rest is
@@ -94,6 +95,7 @@ static __always_inline int guard_ip4(struct __sk_buff *skb, const struct port *p
 {
 	struct ip4 ip;
 	__u32 header, end;
+	__u8 type;
 
 	if (bpf_skb_load_bytes(skb, sizeof(struct eth), &ip, sizeof(ip)))
 		return DROP_SHORT;
@@ -105,8 +107,17 @@ static __always_inline int guard_ip4(struct __sk_buff *skb, const struct port *p
 		return DROP_SHORT;
 	if (!p->ip4 || ip.src != p->ip4)
 		return DROP_IP4;
-	if (ip.next == NEXT_UDP && !(ip.frag & IP4_OFFSET))
-		return guard_udp(skb, sizeof(struct eth) + header, end, bpf_htons(67));
+	if (ip.frag & IP4_OFFSET)
+		return PASS; /* no header follows; what the first fragment says decides */
+	header += sizeof(struct eth);
+	if (ip.next == NEXT_UDP)
+		return guard_udp(skb, header, end, bpf_htons(67), bpf_htons(68));
+	if (ip.next == NEXT_ICMP) {
+		if (header >= end || bpf_skb_load_bytes(skb, header, &type, sizeof(type)))
+			return DROP_SHORT;
+		if (type == ICMP_REDIRECT || type == ICMP_ROUTER)
+			return DROP_RA;
+	}
 	return PASS;
 }
 
@@ -162,7 +173,7 @@ static __always_inline int guard_ip6(struct __sk_buff *skb, const struct port *p
 	if (!own_addr(p, &ip.src))
 		return DROP_IP6;
 	if (next == NEXT_UDP)
-		return guard_udp(skb, offset, end, bpf_htons(547));
+		return guard_udp(skb, offset, end, bpf_htons(547), bpf_htons(546));
 	return PASS;
 }
 

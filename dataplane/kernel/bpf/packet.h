@@ -78,6 +78,9 @@ struct arp { /* RFC 826, for IPv4 over Ethernet */
 	__u32 target_ip;
 } __attribute__((packed));
 
+#define ICMP_REDIRECT 5 /* RFC 792 */
+#define ICMP_ROUTER 9   /* an advertisement of one, RFC 1256 */
+
 struct nd { /* RFC 4861, 4.3 and 4.4 */
 	__u8 type;
 	__u8 code;
