@@ -131,6 +131,7 @@ type Underlay struct {
 	Reason     string
 	// Program: this kernel runs the port program.
 	Program bool
+	Flows   bool // it counts them
 	// Ethernet: the program can stand on the link.
 	Ethernet bool
 }

@@ -21,6 +21,7 @@ type Program struct {
 	Port     uint16     // UDP, of VXLAN
 	Routed   bool       // look at what arrives for endpoints of routed networks too
 	Peers    string     // IPv4 addresses from which VXLAN is taken, sorted, separated by commas
+	Flows    bool       // count who sends what to whom
 	Stray    int        // endpoints that it knows and that are gone; Read tells it
 }
 
@@ -90,6 +91,9 @@ func (o Program) String() string {
 	if o.Routed {
 		s += " routed"
 	}
+	if o.Flows {
+		s += " flows"
+	}
 	if o.Stray > 0 {
 		s += fmt.Sprintf(" (%d of its endpoints are gone)", o.Stray)
 	}
@@ -142,7 +146,7 @@ func planProgram(p Plan, s store.HostSnapshot, u Underlay) {
 	if !u.Program {
 		return
 	}
-	o := Program{Routed: slices.ContainsFunc(s.Networks, func(n store.Network) bool { return n.Mode == store.ModeRouted && !n.Encrypted })}
+	o := Program{Flows: u.Flows, Routed: slices.ContainsFunc(s.Networks, func(n store.Network) bool { return n.Mode == store.ModeRouted && !n.Encrypted })}
 	if u.Address.Is4() && u.Ethernet && slices.ContainsFunc(s.Networks, fast) {
 		var peers []string
 		for _, peer := range s.Peers {

@@ -68,6 +68,7 @@ func (p *process) adminHandler() http.Handler {
 			return s.revoke(ctx, r.URL.Query().Get("host"), out)
 		})
 	}
+	on("/v1/flows", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.flows() })
 	on("/v1/audit", func(ctx context.Context, s *services, _ *http.Request) (any, error) { return s.audit(ctx) })
 	return mux
 }

@@ -148,6 +148,37 @@ type difference struct {
 	Text    string          `json:"text"`
 }
 
+// flowReply is one entry of GET /v1/flows: what a container of this host has sent to one
+// address. The answers are another flow, of their sender's host.
+type flowReply struct {
+	VNI            store.VNI       `json:"vni"`
+	Network        store.NetworkID `json:"network,omitempty"`
+	Source         flowEnd         `json:"source"`
+	Destination    flowEnd         `json:"destination"`
+	Virtual        netip.Addr      `json:"virtual,omitzero"`         // virtual address that was asked; the destination is the task's
+	VirtualService string          `json:"virtualService,omitempty"` // its service
+	Protocol       string          `json:"protocol"`                 // "tcp", …, or its number
+	Port           uint16          `json:"port,omitempty"`           // the lower one of both
+	Verdict        kernel.Verdict  `json:"verdict"`                  // "fast", "slow", "dropped: …"
+	Packets        uint64          `json:"packets"`
+	Bytes          uint64          `json:"bytes"`
+	First          time.Time       `json:"first"`
+	Last           time.Time       `json:"last"`
+}
+
+// flowEnd is one end of a flow: an address, what the records know of it, and what the
+// command learns from Docker.
+type flowEnd struct {
+	Address   netip.Addr        `json:"address"`
+	Pretends  bool              `json:"pretends,omitempty"` // it is not the endpoint's
+	Endpoint  store.EndpointID  `json:"endpoint,omitempty"`
+	Host      string            `json:"host,omitempty"`
+	Local     bool              `json:"local,omitempty"`
+	Container string            `json:"container,omitempty"` // or a service's task
+	Service   string            `json:"service,omitempty"`   // of Swarm or Compose
+	Labels    map[string]string `json:"labels,omitempty"`
+}
+
 // versionReply answers GET /v1/version.
 type versionReply struct {
 	Version string `json:"version"`

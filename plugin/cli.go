@@ -41,6 +41,7 @@ func verbs() []verb {
 		{name: "networks", help: "networks of this host", prepare: simple(networks)},
 		{name: "endpoints", help: "endpoints in them, here and on peers", prepare: simple(endpoints)},
 		{name: "ports", help: "ports of this host that Weft publishes, on networks with its own gateway", prepare: simple(ports)},
+		{name: "flows", help: "what containers of this host send to whom, what became of it, packets and bytes; -f: as it is sent", prepare: flows},
 		{name: "peers", help: "other hosts", prepare: simple(peers)},
 		{name: "encryption", args: "[rotate | revoke HOST | restore HOST]", help: "how packets of encrypted networks go to each host; rotate: change this host's key, without losing a packet; revoke: all hosts drop that one", prepare: encryption},
 		{name: "ipam", help: "address pools and their leases", prepare: simple(pools)},

@@ -49,6 +49,7 @@ type (
 		ID              string
 		Names           []string
 		State           string
+		Labels          map[string]string
 		NetworkSettings struct {
 			Networks map[string]struct{ NetworkID, EndpointID, IPAddress string }
 		}
@@ -136,17 +137,27 @@ func (d *dockerClient) names(ctx context.Context) map[store.NetworkID]string {
 
 // containers returns the names of the containers by their endpoints' ids.
 func (d *dockerClient) containers(ctx context.Context) map[store.EndpointID]string {
+	out := map[store.EndpointID]string{}
+	for id, c := range d.containersByEndpoint(ctx) {
+		if len(c.Names) > 0 {
+			out[id] = strings.TrimPrefix(c.Names[0], "/")
+		}
+	}
+	return out
+}
+
+func (d *dockerClient) containersByEndpoint(ctx context.Context) map[store.EndpointID]dockerContainer {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	var all []dockerContainer
 	if err := d.get(ctx, "/containers/json?all=1", &all); err != nil {
 		return nil
 	}
-	out := map[store.EndpointID]string{}
+	out := map[store.EndpointID]dockerContainer{}
 	for _, c := range all {
 		for _, n := range c.NetworkSettings.Networks {
-			if n.EndpointID != "" && len(c.Names) > 0 {
-				out[store.EndpointID(n.EndpointID)] = strings.TrimPrefix(c.Names[0], "/")
+			if n.EndpointID != "" {
+				out[store.EndpointID(n.EndpointID)] = c
 			}
 		}
 	}

@@ -64,6 +64,7 @@ type stateCollector struct {
 	networks, endpoints, remote, peers, pools, leases     *prometheus.Desc
 	fetches, fetchErrors, drops                           *prometheus.Desc
 	guarded, packets                                      *prometheus.Desc
+	flows, flowPackets, flowBytes                         *prometheus.Desc
 }
 
 func newStateCollector(g *gate) *stateCollector {
@@ -89,6 +90,9 @@ func newStateCollector(g *gate) *stateCollector {
 		drops:       desc("drops_total", "Messages, records and streams of other hosts that were refused, by reason.", "reason"),
 		guarded:     desc("guard_drops_total", "Frames of containers that the guard dropped, by reason.", "reason"),
 		packets:     desc("program_packets_total", "Frames of containers that the port program took to their destination (fast) or left to the host's stack (slow).", "path"),
+		flows:       desc("flows", "Flows that weft flows lists, of at most 65536."),
+		flowPackets: desc("flow_packets_total", "IP packets of containers by what became of them: fast, slow, or dropped for a reason.", "verdict", "reason"),
+		flowBytes:   desc("flow_bytes_total", "Bytes of those packets.", "verdict", "reason"),
 		leases:      desc("leases", "Addresses by state (taken, cooling).", "state"),
 	}
 }
@@ -138,6 +142,14 @@ func (c *stateCollector) Collect(ch chan<- prometheus.Metric) {
 		}
 		counter(c.packets, sum.Fast, "fast")
 		counter(c.packets, sum.Slow, "slow")
+	}
+	if known, sums, err := svc.kernel.FlowTotals(); err == nil {
+		gauge(c.flows, known)
+		for v, sum := range sums {
+			verdict, reason, _ := strings.Cut(string(v), ": ")
+			counter(c.flowPackets, sum.Packets, verdict, reason)
+			counter(c.flowBytes, sum.Bytes, verdict, reason)
+		}
 	}
 	counts, err := countRecords(svc.db)
 	if err != nil {

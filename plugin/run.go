@@ -246,7 +246,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	}
 	p.gate.at("reading the kernel")
 	k, err := kernel.New(kernel.Config{Backend: p.set.iptables, Checksum: p.set.checksum, SysNet: p.sysnet(),
-		WireGuard: p.set.wireguard, WireGuardKey: keys.private, Program: p.program, Log: p.log})
+		WireGuard: p.set.wireguard, WireGuardKey: keys.private, Program: p.program, Flows: p.set.flows == "on", Log: p.log})
 	if err != nil {
 		return fmt.Errorf("kernel: %w", err)
 	}

@@ -27,6 +27,7 @@ type settings struct {
 	iptables string // "auto", "nft" or "legacy"
 	checksum string // "auto", "on" or "off"
 	program  string // "auto" or "off"
+	flows    string // "on" or "off"
 	subnets  []netip.Prefix
 	scope    string // "local" or "global"
 	public   netip.Addr
@@ -83,6 +84,7 @@ func settingTable() []setting {
 		{"WEFT_IPTABLES", "auto", "`nft` or `legacy`; `auto` takes what Docker uses", setWord(func(s *settings) *string { return &s.iptables }, "auto", "nft", "legacy")},
 		{"WEFT_CHECKSUM_OFFLOAD", "auto", "checksum offload of VXLAN links, `on` or `off`; `auto` switches it off where kernel or driver get it wrong", setWord(func(s *settings) *string { return &s.checksum }, "auto", "on", "off")},
 		{"WEFT_PROGRAM", "auto", "`off` for networks without the port program: no guard, no fast path", setWord(func(s *settings) *string { return &s.program }, "auto", "off")},
+		{"WEFT_FLOWS", "on", "`off`: the port program does not count who sends what to whom (`weft flows`)", setWord(func(s *settings) *string { return &s.flows }, "on", "off")},
 		{"WEFT_SUBNETS", "", "ranges from which networks without `--subnet` take theirs, as `10.96.0.0/12,fd00:77::/48`; empty: Weft's own choice", setSubnets},
 	}
 }

@@ -34,7 +34,7 @@ func TestSettings(t *testing.T) {
 	for i := range key {
 		key[i] = byte(i)
 	}
-	plain := settings{port: 4796, dataPort: 4797, level: slog.LevelInfo, iptables: "auto", checksum: "auto", program: "auto", scope: "local",
+	plain := settings{port: 4796, dataPort: 4797, level: slog.LevelInfo, iptables: "auto", checksum: "auto", program: "auto", flows: "on", scope: "local",
 		wireguard: "auto", tunnelPort: 4798, keyAge: 720 * time.Hour}
 	with := func(change func(*settings)) settings { s := plain; change(&s); return s }
 	for _, c := range []struct {

@@ -56,6 +56,7 @@ type (
 	}
 	dockerTask struct {
 		ID, ServiceID       string
+		Slot                int // 0: one on each host
 		Version             struct{ Index uint64 }
 		Status              struct{ State string }
 		DesiredState        string

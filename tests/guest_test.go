@@ -37,7 +37,7 @@ func TestGuest(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
-	pattern := "TestSCTP|TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/round_trip/encrypted|TestProgramLoads|TestGuard|TestFastPath/.*/both|TestHops/routed/fast|TestSuiteNft/round_trip/program"
+	pattern := "TestSCTP|TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/round_trip/encrypted|TestProgramLoads|TestGuard|TestFlowsAreCounted|TestFlowsOfServices|TestFastPath/.*/both|TestHops/routed/fast|TestSuiteNft/round_trip/program"
 	if soak() {
 		pattern = "TestSCTP|TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/.*/encrypted|own_gateway|routed"
 	}

@@ -57,6 +57,7 @@ type Config struct {
 	// WireGuardKey returns the private key of a public one of this host. nil: it has none.
 	WireGuardKey func(public store.WGKey) (private store.WGKey, ok bool)
 	Program      *Program     // nil: networks do without
+	Flows        bool         // it counts who sends what to whom
 	Log          *slog.Logger // default: slog.Default()
 }
 

@@ -1,7 +1,6 @@
 package kernel
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -53,13 +52,7 @@ func (k *Kernel) readProgram(p dataplane.Plan) error {
 	if err != nil {
 		return err
 	}
-	o := dataplane.Program{Routed: s.Flags&hasRouted != 0, Port: s.Port>>8 | s.Port<<8}
-	if binary.NativeEndian.Uint16([]byte{0, 1}) == 1 {
-		o.Port = s.Port
-	}
-	if s.Self != 0 {
-		o.Address = toAddr4(s.Self)
-	}
+	o := settingsObject(s)
 	there := map[uint32]bool{0: true}
 	for _, l := range links {
 		there[uint32(l.index)] = true
@@ -105,10 +98,7 @@ func (k *Kernel) putProgram(o dataplane.Program) error {
 		return k.program.err
 	}
 	m := &k.program.objects
-	s := bpf.ProgramSettings{Port: binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, o.Port))}
-	if o.Routed {
-		s.Flags |= hasRouted
-	}
+	s := settingsValue(o)
 	var old bpf.ProgramSettings
 	_ = m.WeftSettings.Lookup(uint32(0), &old)
 	if o.Underlay != "" {
@@ -116,7 +106,7 @@ func (k *Kernel) putProgram(o dataplane.Program) error {
 		if err != nil {
 			return err
 		}
-		s.Underlay, s.Self = uint32(l.index), fromAddr4(o.Address)
+		s.Underlay = uint32(l.index)
 	}
 	if old.Underlay != 0 && old.Underlay != s.Underlay {
 		if err := k.detach(int32(old.Underlay)); err != nil {
@@ -187,7 +177,7 @@ func (k *Kernel) deleteProgram() error {
 	return errors.Join(
 		m.WeftSettings.Put(uint32(0), bpf.ProgramSettings{}),
 		clearMap[uint32, bpf.ProgramPort](m.WeftPorts), clearMap[bpf.ProgramDestKey, bpf.ProgramDest](m.WeftDests), clearMap[bpf.ProgramDestKey, bpf.ProgramService](m.WeftServices),
-		clearMap[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftFlowsTo), clearMap[bpf.ProgramFlow, uint32](m.WeftFlowsFrom),
+		clearMap[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftFlowsTo), clearMap[bpf.ProgramFlow, uint32](m.WeftFlowsFrom), clearMap[bpf.ProgramPair, bpf.ProgramTally](m.WeftPairs),
 		replaceKeys(m.WeftPeers, nil), k.program.unpin())
 }
 

@@ -55,15 +55,15 @@ var (
 )
 
 // guarded returns the program with one endpoint, and what it says to a frame of that.
-func guarded(t testing.TB, port dataplane.Port) func(frame []byte) (verdict uint32, reason string) {
-	p := loadProgram(t)
+func guarded(t testing.TB, port dataplane.Port) (p *Program, run func(frame []byte) (verdict uint32, reason string)) {
+	p = loadProgram(t)
 	port.VNI, port.MAC, port.IPv4, port.IPv6 = 1, own.MAC, own.IPv4, own.IPv6
 	count := make([]bpf.ProgramCounters, ebpf.MustPossibleCPU())
 	if err := errors.Join(p.objects.WeftPorts.Put(uint32(loopback), portValue(port)), p.objects.WeftCounters.Put(uint32(loopback), count)); err != nil {
 		t.Fatal(err)
 	}
 	var before [REASONS]uint64
-	return func(frame []byte) (uint32, string) {
+	return p, func(frame []byte) (uint32, string) {
 		verdict, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: frame})
 		if errors.Is(err, unix.EINVAL) && len(frame) <= 54 {
 			return unrun, "" // what is shorter than its headers comes to no program this way
@@ -103,7 +103,7 @@ const (
 func TestGuard(t *testing.T) {
 	kerneltest.Netns(t)
 	rng := rand.New(rand.NewPCG(1, 2))
-	run := guarded(t, dataplane.Port{Guard: true})
+	_, run := guarded(t, dataplane.Port{Guard: true})
 	seen := map[string]bool{}
 	for _, f := range kerneltest.Frames(rng, own, victim) {
 		verdict, reason := run(f.Data)
@@ -120,13 +120,13 @@ func TestGuard(t *testing.T) {
 			t.Errorf("no frame is dropped for %q", reason)
 		}
 	}
-	run = guarded(t, dataplane.Port{Guard: true, Other: true})
+	_, run = guarded(t, dataplane.Port{Guard: true, Other: true})
 	for _, f := range kerneltest.Frames(rng, own, victim) {
 		if verdict, _ := run(f.Data); verdict != unrun && (f.Reason == "ethertype" || f.Kind == "length" || f.Reason == "") != (verdict == passed) {
 			t.Errorf("any ethertype, %s: verdict %d", f.Kind, int32(verdict))
 		}
 	}
-	run = guarded(t, dataplane.Port{})
+	_, run = guarded(t, dataplane.Port{})
 	for _, f := range kerneltest.Frames(rng, own, victim) {
 		if verdict, _ := run(f.Data); verdict != passed && verdict != unrun {
 			t.Errorf("without the guard, %s: verdict %d", f.Kind, int32(verdict))
@@ -139,7 +139,7 @@ func TestGuard(t *testing.T) {
 func TestGuardHoldsAgainstNonsense(t *testing.T) {
 	kerneltest.Netns(t)
 	rng := rand.New(rand.NewPCG(3, 4))
-	run := guarded(t, dataplane.Port{Guard: true, Fast: true})
+	_, run := guarded(t, dataplane.Port{Guard: true, Fast: true})
 	through, runs := 0, 0
 	for range 1000 {
 		for _, f := range kerneltest.Frames(rng, own, victim) {

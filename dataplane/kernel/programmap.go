@@ -55,6 +55,32 @@ func fromAddr(a netip.Addr) bpf.ProgramAddr {
 	return fromBytes(b[:])
 }
 
+// settingsValue lacks the index of the underlay's link.
+func settingsValue(o dataplane.Program) bpf.ProgramSettings {
+	v := bpf.ProgramSettings{Port: swap(o.Port), Self: fromAddr4(o.Address)}
+	if o.Routed {
+		v.Flags |= hasRouted
+	}
+	if o.Flows {
+		v.Flags |= hasFlows
+	}
+	return v
+}
+
+// settingsObject lacks the underlay's link and the peers.
+func settingsObject(v bpf.ProgramSettings) dataplane.Program {
+	o := dataplane.Program{Port: swap(v.Port), Routed: v.Flags&hasRouted != 0, Flows: v.Flags&hasFlows != 0}
+	if v.Self != 0 {
+		o.Address = toAddr4(v.Self)
+	}
+	return o
+}
+
+// swap changes a port from the machine's order into that of the network, or back.
+func swap(port uint16) uint16 {
+	return binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, port))
+}
+
 func portValue(o dataplane.Port) bpf.ProgramPort {
 	v := bpf.ProgramPort{Vni: uint32(o.VNI), Ip4: fromAddr4(o.IPv4), Ip6: fromAddr(o.IPv6), Mac: o.MAC}
 	for _, f := range portFlags(&o) {
@@ -116,7 +142,7 @@ func destValue(o dataplane.Dest, link uint32) bpf.ProgramDest {
 func destObject(d dest, names map[int32]string) dataplane.Dest {
 	o := dataplane.Dest{VNI: store.VNI(d.value.Vni), MAC: d.value.Mac, Stack: d.value.Flags&destStack != 0, Direct: d.value.Flags&destDirect != 0, Services: d.value.Flags&destVIPs != 0}
 	if d.key.Vni == 0 {
-		o.IP = netip.AddrFrom16(toBytes(d.key.At)).Unmap()
+		o.IP = toAddr(d.key.At)
 	}
 	if d.value.Link != 0 {
 		o.Link = names[int32(d.value.Link)]

@@ -49,10 +49,10 @@ func (k *Kernel) Underlay(ctx context.Context, want netip.Addr) (dataplane.Under
 		reason = fmt.Sprintf("link %s of address %s is down", links[at].name, addr)
 	}
 	if reason != "" {
-		return dataplane.Underlay{Reason: reason, Program: k.program.err == nil}, nil
+		return dataplane.Underlay{Reason: reason, Program: k.program.err == nil, Flows: k.cfg.Flows}, nil
 	}
 	l := links[at]
-	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu, Program: k.program.err == nil, Ethernet: l.ether}
+	u := dataplane.Underlay{Address: addr, Link: l.name, MTU: l.mtu, Program: k.program.err == nil, Ethernet: l.ether, Flows: k.cfg.Flows}
 	all, err := k.addresses()
 	if err != nil {
 		return dataplane.Underlay{}, err

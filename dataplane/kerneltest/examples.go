@@ -60,6 +60,7 @@ func Examples() []Example {
 	for _, u := range []*dataplane.Underlay{&prog4, &progWide} {
 		u.Program, u.Ethernet = true, true
 	}
+	progWide.Flows = true
 	v4, v6 := "10.1.0.0/24", "fd00:1::/64"
 	noCheck := under4
 	noCheck.NoChecksum, noCheck.Reason = true, "as the test has it"

@@ -16,7 +16,7 @@ type Place struct {
 }
 
 // NewPlace makes a namespace that lives until the test ends.
-func NewPlace(t *testing.T) *Place {
+func NewPlace(t testing.TB) *Place {
 	t.Helper()
 	p := &Place{work: make(chan func())}
 	ready, stopped := make(chan bool), make(chan struct{})

@@ -24,6 +24,7 @@ struct settings {
 	__u16 flags;
 };
 #define HAS_ROUTED 1 /* look at arriving packets that are not VXLAN too */
+#define HAS_FLOWS 2  /* count who sends what to whom */
 
 /* port is an endpoint of this host, by the index of the host's side of its link. */
 struct port {

@@ -6,6 +6,7 @@
  * routes and the rules, which are complete without them. */
 #include "guard.h"
 #include "vip.h"
+#include "flow.h"
 #include <linux/pkt_cls.h>
 
 /* send_to sends the packet out of a link to a neighbour there. */
@@ -233,11 +234,13 @@ int weft_from_container(struct __sk_buff *skb)
 {
 	__u32 link = skb->ifindex;
 	struct port *p = bpf_map_lookup_elem(&weft_ports, &link);
+	struct sent sent = {};
 	struct counters *c;
 	int what = TC_ACT_UNSPEC;
 
 	if (!p)
 		return TC_ACT_UNSPEC;
+	look(skb, p, &sent);
 	c = bpf_map_lookup_elem(&weft_counters, &link);
 	if (p->flags & PORT_GUARD) {
 		int why = guard(skb, p);
@@ -245,6 +248,7 @@ int weft_from_container(struct __sk_buff *skb)
 		if (why != PASS) {
 			if (c)
 				c->dropped[why & (REASONS - 1)]++;
+			tally(&sent, why & (REASONS - 1));
 			return TC_ACT_SHOT;
 		}
 	}
@@ -255,9 +259,12 @@ int weft_from_container(struct __sk_buff *skb)
 		what = PASS_ON;
 		if (p->flags & PORT_VIPS)
 			what = virtual(skb, p);
-		if (what == PASS_ON)
+		if (what == PASS_ON) {
+			look_behind(skb, &sent);
 			what = forward(skb, p);
+		}
 	}
+	tally(&sent, what == TC_ACT_UNSPEC ? VERDICT_SLOW : what == TC_ACT_SHOT ? VERDICT_LOST : VERDICT_FAST);
 	if (c && what == TC_ACT_UNSPEC)
 		c->slow++;
 	else if (c)

@@ -64,6 +64,17 @@ type ProgramFlowTo struct {
 	Zero uint16
 }
 
+type ProgramPair struct {
+	_        structs.HostLayout
+	Src      ProgramAddr
+	Dst      ProgramAddr
+	Link     uint32
+	Vip      uint32
+	Port     uint16
+	Protocol uint8
+	Verdict  uint8
+}
+
 type ProgramPort struct {
 	_     structs.HostLayout
 	Vni   uint32
@@ -87,6 +98,22 @@ type ProgramSettings struct {
 	Flags    uint16
 }
 
+type ProgramTally struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+	First   uint64
+	Last    uint64
+	Vni     uint32
+	Zero    uint32
+}
+
+type ProgramTotal struct {
+	_       structs.HostLayout
+	Packets uint64
+	Bytes   uint64
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -95,10 +122,12 @@ const (
 	ProgramMapWeftDests          = "weft_dests"
 	ProgramMapWeftFlowsFrom      = "weft_flows_from"
 	ProgramMapWeftFlowsTo        = "weft_flows_to"
+	ProgramMapWeftPairs          = "weft_pairs"
 	ProgramMapWeftPeers          = "weft_peers"
 	ProgramMapWeftPorts          = "weft_ports"
 	ProgramMapWeftServices       = "weft_services"
 	ProgramMapWeftSettings       = "weft_settings"
+	ProgramMapWeftTotals         = "weft_totals"
 	ProgramProgWeftFromContainer = "weft_from_container"
 	ProgramProgWeftFromUnderlay  = "weft_from_underlay"
 	ProgramProgWeftToContainer   = "weft_to_container"
@@ -159,10 +188,12 @@ type ProgramMapSpecs struct {
 	WeftDests     *ebpf.MapSpec `ebpf:"weft_dests"`
 	WeftFlowsFrom *ebpf.MapSpec `ebpf:"weft_flows_from"`
 	WeftFlowsTo   *ebpf.MapSpec `ebpf:"weft_flows_to"`
+	WeftPairs     *ebpf.MapSpec `ebpf:"weft_pairs"`
 	WeftPeers     *ebpf.MapSpec `ebpf:"weft_peers"`
 	WeftPorts     *ebpf.MapSpec `ebpf:"weft_ports"`
 	WeftServices  *ebpf.MapSpec `ebpf:"weft_services"`
 	WeftSettings  *ebpf.MapSpec `ebpf:"weft_settings"`
+	WeftTotals    *ebpf.MapSpec `ebpf:"weft_totals"`
 }
 
 // ProgramVariableSpecs contains global variables before they are loaded into the kernel.
@@ -195,10 +226,12 @@ type ProgramMaps struct {
 	WeftDests     *ebpf.Map `ebpf:"weft_dests"`
 	WeftFlowsFrom *ebpf.Map `ebpf:"weft_flows_from"`
 	WeftFlowsTo   *ebpf.Map `ebpf:"weft_flows_to"`
+	WeftPairs     *ebpf.Map `ebpf:"weft_pairs"`
 	WeftPeers     *ebpf.Map `ebpf:"weft_peers"`
 	WeftPorts     *ebpf.Map `ebpf:"weft_ports"`
 	WeftServices  *ebpf.Map `ebpf:"weft_services"`
 	WeftSettings  *ebpf.Map `ebpf:"weft_settings"`
+	WeftTotals    *ebpf.Map `ebpf:"weft_totals"`
 }
 
 func (m *ProgramMaps) Close() error {
@@ -207,10 +240,12 @@ func (m *ProgramMaps) Close() error {
 		m.WeftDests,
 		m.WeftFlowsFrom,
 		m.WeftFlowsTo,
+		m.WeftPairs,
 		m.WeftPeers,
 		m.WeftPorts,
 		m.WeftServices,
 		m.WeftSettings,
+		m.WeftTotals,
 	)
 }
 
