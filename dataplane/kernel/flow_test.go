@@ -185,7 +185,7 @@ func TestFlowsAreBounded(t *testing.T) {
 	frame := packet(t, "ipv4", 65535, 0)
 	for i := range most + most/4 {
 		binary.BigEndian.PutUint32(frame[30:], uint32(i)>>10|10<<24)
-		binary.BigEndian.PutUint16(frame[36:], uint16(1+i&1023))
+		binary.BigEndian.PutUint16(frame[36:], uint16(2001+i&1023))
 		run(frame)
 	}
 	got := p.counted(t)
