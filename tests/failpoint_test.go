@@ -385,3 +385,24 @@ func gone(ctx context.Context, file string) error {
 		}
 	}
 }
+
+// diesAt has the plugin of a host die before a step; the answer waits until it has.
+func diesAt(t *testing.T, h *hosts.Host, step string) (dies func()) {
+	t.Helper()
+	state, err := h.StateDir(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(state, "failpoint")
+	if err := os.WriteFile(file, []byte(step), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		eventually(t, 60*time.Second, "the plugin died at "+step, func(context.Context) error {
+			if _, err := os.Stat(file); err == nil {
+				return errors.New("it did not come there")
+			}
+			return nil
+		})
+	}
+}

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -382,34 +381,13 @@ func (v *vips) updatesAndKills(t *testing.T) {
 // killedInMidChange kills the plugin at the step that changes the tasks of a service.
 func (v *vips) killedInMidChange(t *testing.T) {
 	h := v.lab.Hosts[1]
-	dies := v.diesAt(t, h, "kernel.put.service")
+	dies := diesAt(t, h, "kernel.put.service")
 	docker(t, v.lab.Hosts[0], "service", "scale", "--detach", "web=4")
 	v.tasks(t, v.lab.Hosts[0], "web", 4)
 	dies()
 	v.balanced(t, v.clients[1], 4)
 	docker(t, v.lab.Hosts[0], "service", "scale", "--detach", "web=3")
 	v.balanced(t, v.clients[1], 3)
-}
-
-// diesAt has the plugin of a host die before a step; the answer waits until it has.
-func (v *vips) diesAt(t *testing.T, h *hosts.Host, step string) (dies func()) {
-	t.Helper()
-	state, err := h.StateDir(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(state, "failpoint")
-	if err := os.WriteFile(file, []byte(step), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return func() {
-		eventually(t, 60*time.Second, "the plugin died at "+step, func(context.Context) error {
-			if _, err := os.Stat(file); err == nil {
-				return errors.New("it did not come there")
-			}
-			return nil
-		})
-	}
 }
 
 // anotherLeader kills the leader: what it told holds, and the next one goes on.
@@ -488,7 +466,7 @@ func (v *vips) resets(t *testing.T) {
 
 // gone removes the service: its address answers nobody.
 func (v *vips) gone(t *testing.T) {
-	dies := v.diesAt(t, v.lab.Hosts[1], "kernel.delete.service")
+	dies := diesAt(t, v.lab.Hosts[1], "kernel.delete.service")
 	docker(t, v.lab.Hosts[0], "service", "rm", "web")
 	dies()
 	for _, c := range v.clients {

@@ -79,7 +79,7 @@ static __always_inline void look(struct __sk_buff *skb, const struct port *p, st
 	if (!host || !(host->flags & HAS_FLOWS))
 		return;
 	if (!holds(skb, at(skb, 0), headers)) /* a packet socket may put them elsewhere */
-		bpf_skb_pull_data(skb, skb->len < headers ? skb->len : headers);
+		pull(skb, headers);
 	eth = at(skb, 0);
 	if (!holds(skb, eth, L3 + sizeof(struct ip4)))
 		return;

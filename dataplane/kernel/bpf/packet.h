@@ -142,6 +142,12 @@ static __always_inline void *at(struct __sk_buff *skb, __u32 offset)
 	return (void *)(long)skb->data + offset;
 }
 
+/* pull makes up to n bytes of the frame readable in place. */
+static __always_inline void pull(struct __sk_buff *skb, __u32 n)
+{
+	bpf_skb_pull_data(skb, skb->len < n ? skb->len : n);
+}
+
 /* deliver hands a frame to the container behind a link, whose MAC it has: the link here
  * has another one. */
 static __always_inline int deliver(struct __sk_buff *skb, __u32 link)

@@ -255,7 +255,7 @@ int weft_from_container(struct __sk_buff *skb)
 	if (p->flags & PORT_FAST) {
 		/* Headers may lie outside of the linear part. */
 		if (!holds(skb, at(skb, 0), sizeof(struct eth) + sizeof(struct ip6)))
-			bpf_skb_pull_data(skb, 0);
+			pull(skb, sizeof(struct eth) + sizeof(struct ip6));
 		what = PASS_ON;
 		if (p->flags & PORT_VIPS)
 			what = virtual(skb, p);
@@ -305,7 +305,7 @@ int weft_from_underlay(struct __sk_buff *skb)
 	if (!s || !s->self || skb->vlan_present)
 		return TC_ACT_UNSPEC;
 	if (!holds(skb, at(skb, 0), front))
-		bpf_skb_pull_data(skb, skb->len < front ? 0 : front);
+		pull(skb, front);
 	eth = at(skb, 0);
 	ip = at(skb, sizeof(*eth));
 	if (!holds(skb, ip, sizeof(*ip)))
@@ -350,7 +350,7 @@ int weft_to_container(struct __sk_buff *skb)
 	if (!p || !(p->flags & PORT_VIPS))
 		return TC_ACT_UNSPEC;
 	if (!holds(skb, at(skb, 0), L4 + 8))
-		bpf_skb_pull_data(skb, 0);
+		pull(skb, L4 + 8);
 	eth = at(skb, 0);
 	if (!holds(skb, eth, sizeof(*eth)) || eth->type != ETH_IP4)
 		return TC_ACT_UNSPEC;
