@@ -15,6 +15,7 @@ import (
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/dataplane/kernel/bpf"
 	"github.com/weftnet/weft/dataplane/kerneltest"
+	"github.com/weftnet/weft/store"
 )
 
 // BenchmarkFlows runs the program over one packet again and again, with flows counted
@@ -131,5 +132,37 @@ func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// BenchmarkDestinations runs the program on packets to one destination in turn, of so
+// many that it knows.
+func BenchmarkDestinations(b *testing.B) {
+	var frame []byte
+	for _, f := range kerneltest.Frames(rand.New(rand.NewPCG(1, 2)), own, victim) {
+		if f.Kind == "ipv4" {
+			frame = f.Data
+		}
+	}
+	for _, n := range []int{1, 5000, 200_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			p, _ := guarded(b, dataplane.Port{Guard: true, Fast: true})
+			macs := make([]store.MAC, n)
+			for i := range macs {
+				macs[i] = store.DeriveMAC("bench", fmt.Sprint(i))
+				d := dataplane.Dest{VNI: 1, MAC: macs[i]}
+				must(b, p.objects.WeftDests.Put(destKey(d), destValue(d, loopback)))
+			}
+			const repeat = 1000
+			at := 0
+			for b.Loop() {
+				at = (at + 7919) % n // another one each time, as the cache of a busy host sees it
+				copy(frame, macs[at][:])
+				if _, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: frame, Repeat: repeat}); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/repeat, "ns/packet")
+		})
 	}
 }
