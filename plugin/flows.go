@@ -74,8 +74,8 @@ func nameFlows(all []kernel.Flow, eps []endpointReply) []flowReply {
 	return out
 }
 
-func (end *flowEnd) is(e endpointReply) {
-	end.Endpoint, end.Host, end.Local = e.ID, e.Host, e.Local
+func (e *flowEnd) is(known endpointReply) {
+	e.Endpoint, e.Host, e.Local = known.ID, known.Host, known.Local
 }
 
 // protocolName returns the name of an IP protocol, or its number.
