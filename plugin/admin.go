@@ -320,7 +320,10 @@ func (s *services) endpoints() ([]endpointReply, error) {
 		return nil
 	})
 	for i, e := range out {
-		if c, err := s.kernel.CountersOf(e.Link); e.Local && err == nil {
+		if !e.Local {
+			continue
+		}
+		if c, err := s.kernel.CountersOf(e.Link); err == nil {
 			out[i].Program = &c
 		}
 	}
