@@ -170,7 +170,7 @@ func portOf(s store.Snapshot, e store.Endpoint, u Underlay) Port {
 	}
 	return Port{VNI: n.VNI, MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(), Guard: !n.Unguarded, Other: n.AnyEthertype,
 		// The answers of a published port may have to be translated back.
-		Fast: !n.SlowPath && !(n.Routed() && len(e.Ports) > 0), Routed: n.Routed(), Services: len(s.Services) > 0 && !n.SlowPath}
+		Fast: !n.SlowPath && !(n.Routed() && len(e.Ports) > 0), Routed: n.Routed(), Services: s.Served && !n.SlowPath}
 }
 
 // planLocalDests makes an endpoint of this host known to the program.
@@ -179,7 +179,7 @@ func planLocalDests(p Plan, s store.Snapshot, e store.Endpoint, u Underlay) {
 	if !u.Program || n.SlowPath {
 		return
 	}
-	o := Dest{VNI: n.VNI, MAC: e.MAC, Link: VethName(e.ID), Stack: n.Routed() && len(e.Ports) > 0, Services: len(s.Services) > 0}
+	o := Dest{VNI: n.VNI, MAC: e.MAC, Link: VethName(e.ID), Stack: n.Routed() && len(e.Ports) > 0, Services: s.Served}
 	if !n.Routed() {
 		p.Add(o)
 		return

@@ -72,6 +72,13 @@ func TestServices(t *testing.T) {
 		return tx.PutServices("d", false, []store.Service{service("b", 9, "10.1.0.4")})
 	})
 	counts("10.1.0.3")
+	update(func(tx *store.Tx) error {
+		_, err := tx.PutEndpoint(store.Endpoint{ID: "e", Network: "n", VNI: 7, MAC: store.MAC{2, 0, 0, 0, 0, 1}})
+		return err
+	})
+	if s, err := db.EndpointSnapshot(7, "e"); err != nil || !s.Served || len(s.Services) != 0 {
+		t.Errorf("beside one endpoint alone the tasks of a service cannot be told: %+v, %v", s, err)
+	}
 	silent := func(id store.HostID, since time.Time) {
 		update(func(tx *store.Tx) error {
 			return tx.PutPeer(store.Peer{Host: store.Host{ID: id, Epoch: 1}, DeadSince: since})

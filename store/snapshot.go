@@ -17,8 +17,10 @@ type Snapshot struct {
 	Hidden    []Peer           // that run the network as far as we know, but are hidden
 	// Around is Peers, also where those are left out: packets must fit the ways to all.
 	Around []Peer
-	// Services are the virtual addresses of the network, sorted.
+	// Services are the virtual addresses of the network, sorted; left out where endpoints
+	// are. Served: there are some.
 	Services []Service
+	Served   bool
 }
 
 // HostSnapshot is one consistent copy of all that decides what the kernel must
@@ -64,7 +66,7 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 			}
 		})
 	})
-	s.Around = s.Peers
+	s.Around, s.Served = s.Peers, len(s.Services) > 0
 	return s, err
 }
 
@@ -83,9 +85,11 @@ func (db *DB) EndpointSnapshot(v VNI, id EndpointID) (Snapshot, error) {
 		if err != nil {
 			return err
 		}
-		if s.Services, err = tx.Services(n); err != nil {
+		services, err := tx.Services(n)
+		if err != nil {
 			return err
 		}
+		s.Served = len(services) > 0
 		s.Around, err = tx.Around(n)
 		return err
 	})

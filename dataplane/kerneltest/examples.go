@@ -108,6 +108,7 @@ func Served(s store.Snapshot) store.Snapshot {
 		all = append(all, e.IPv4)
 	}
 	slices.SortFunc(all, netip.Addr.Compare)
+	s.Served = true
 	s.Services = []store.Service{{VNI: s.VNI, VIP: netip.MustParseAddr("10.1.0.253"), Backends: all}, {VNI: s.VNI, VIP: netip.MustParseAddr("10.1.0.254")}}
 	return s
 }
