@@ -84,8 +84,11 @@ func (p *process) lookAtServices(ctx context.Context, docker *dockerClient) (out
 	self := svc.db.Self().ID
 	out.services = v.offered(self, tasks)
 	var held []store.Service
-	if err := svc.db.View(func(tx *store.Tx) error {
-		held, err = tx.ServicesOf(self)
+	told := false
+	if err := svc.db.View(func(tx *store.Tx) (err error) {
+		if held, err = tx.ServicesOf(self); err == nil {
+			told, err = tx.Tells(self, out.services)
+		}
 		if err == nil {
 			v.status.Answered, err = answered(tx)
 		}
@@ -94,7 +97,7 @@ func (p *process) lookAtServices(ctx context.Context, docker *dockerClient) (out
 		return out, err
 	}
 	// Who leads no longer withdraws what it told when the next one has told something.
-	if replaced := len(v.status.Answered) > len(held); len(out.services) > 0 || len(held) > 0 && (leads || replaced) {
+	if replaced := len(v.status.Answered) > len(held); !told && (len(out.services) > 0 || leads || replaced) {
 		err = svc.db.Update(ctx, func(tx *store.Tx) error { return tx.PutServices(self, true, out.services) })
 		for _, s := range out.services {
 			v.status.Answered = append(v.status.Answered, s.VIP)

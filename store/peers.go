@@ -195,7 +195,7 @@ func (tx *Tx) ofPeers(fn func(Peer, *peerRecords)) error {
 	}
 	peers, err := tx.Peers()
 	for _, p := range peers {
-		if slices.ContainsFunc(out, func(r Revocation) bool { return r.Host == p.ID && r.Out() }) {
+		if outOf(out, p.ID) {
 			continue
 		}
 		r, err := tx.recordsOf(p.ID)

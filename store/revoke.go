@@ -36,7 +36,11 @@ func (tx *Tx) Revocations() ([]Revocation, error) {
 // Revoked reports whether a host is revoked.
 func (tx *Tx) Revoked(id HostID) (bool, error) {
 	all, err := tx.Revocations()
-	return slices.ContainsFunc(all, func(r Revocation) bool { return r.Host == id && r.Out() }), err
+	return outOf(all, id), err
+}
+
+func outOf(all []Revocation, id HostID) bool {
+	return slices.ContainsFunc(all, func(r Revocation) bool { return r.Host == id && r.Out() })
 }
 
 // Revoke revokes a host or takes it back. It is no error if that is so already.

@@ -2,7 +2,6 @@ package store
 
 import (
 	"crypto/hmac"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -43,15 +42,11 @@ func (s Service) Check() error {
 
 // ServicesOf returns what a host tells, this one or a peer.
 func (tx *Tx) ServicesOf(id HostID) ([]Service, error) {
-	raw := tx.tx.Bucket(bucketServices).Get([]byte(id))
-	if raw == nil {
+	all, err := get[[]Service](tx, bucketServices, []byte(id), "services that host "+string(id)+" told")
+	if errors.Is(err, ErrNotFound) {
 		return nil, nil
 	}
-	var all []Service
-	if err := json.Unmarshal(raw, &all); err != nil {
-		return nil, damageError{fmt.Errorf("services that host %s told: %w", id, err)}
-	}
-	return all, nil
+	return all, err
 }
 
 // PutServices replaces what a host tells, this one (self) or a peer. To tell the same
@@ -61,13 +56,7 @@ func (tx *Tx) PutServices(id HostID, self bool, all []Service) error {
 	if err != nil {
 		return err
 	}
-	all = slices.Clone(all[:min(len(all), maxServices)])
-	slices.SortFunc(all, func(a, b Service) int {
-		if a.VNI != b.VNI {
-			return int(a.VNI) - int(b.VNI)
-		}
-		return a.VIP.Compare(b.VIP)
-	})
+	all = tidyServices(all)
 	if slices.EqualFunc(old, all, Service.equal) {
 		return nil
 	}
@@ -85,6 +74,23 @@ func (tx *Tx) PutServices(id HostID, self bool, all []Service) error {
 	return put(tx, bucketServices, []byte(id), all)
 }
 
+// Tells reports whether a host tells just these services: a transaction that changes
+// nothing still costs a sync of the disk.
+func (tx *Tx) Tells(id HostID, all []Service) (bool, error) {
+	old, err := tx.ServicesOf(id)
+	return slices.EqualFunc(old, tidyServices(all), Service.equal), err
+}
+
+// tidyServices returns the services as they are kept.
+func tidyServices(all []Service) []Service {
+	return slices.SortedFunc(slices.Values(all[:min(len(all), maxServices)]), func(a, b Service) int {
+		if a.VNI != b.VNI {
+			return int(a.VNI) - int(b.VNI)
+		}
+		return a.VIP.Compare(b.VIP)
+	})
+}
+
 func (s Service) equal(o Service) bool {
 	return s.VNI == o.VNI && s.VIP == o.VIP && s.Name == o.Name && s.Index == o.Index &&
 		hmac.Equal(s.Proof, o.Proof) && slices.Equal(s.Backends, o.Backends)
@@ -100,7 +106,11 @@ func (tx *Tx) Services(n Network) ([]Service, error) {
 		silent bool
 	}
 	best := map[netip.Addr]told{}
-	err := tx.tx.Bucket(bucketServices).ForEach(func(k, _ []byte) error {
+	revoked, err := tx.Revocations()
+	if err != nil {
+		return nil, err
+	}
+	err = tx.tx.Bucket(bucketServices).ForEach(func(k, _ []byte) error {
 		id := HostID(k)
 		all, err := tx.ServicesOf(id)
 		if err != nil {
@@ -110,8 +120,8 @@ func (tx *Tx) Services(n Network) ([]Service, error) {
 		if err != nil && !errors.Is(err, ErrNotFound) { // this host is no peer
 			return err
 		}
-		if out, err := tx.Revoked(id); err != nil || out {
-			return err
+		if outOf(revoked, id) {
+			return nil
 		}
 		for _, s := range all {
 			if s.VNI != n.VNI || !hmac.Equal(s.Proof, n.Proof(id)) {
