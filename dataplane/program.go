@@ -154,8 +154,7 @@ func planProgram(p Plan, s store.HostSnapshot, u Underlay) {
 				peers = append(peers, peer.Address.String())
 			}
 		}
-		slices.Sort(peers)
-		o.Underlay, o.Address, o.Port, o.Peers = u.Link, u.Address, s.Self.DataPort, strings.Join(slices.Compact(peers), ",")
+		o.Underlay, o.Address, o.Port, o.Peers = u.Link, u.Address, s.Self.DataPort, joinMembers(peers)
 	}
 	p.Add(o)
 }

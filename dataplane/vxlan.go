@@ -242,8 +242,12 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 }
 
 func peerSet(name string, v6 bool, members []string) Set {
+	return Set{Name: name, V6: v6, Members: joinMembers(members)}
+}
+
+func joinMembers(members []string) string {
 	slices.Sort(members)
-	return Set{Name: name, V6: v6, Members: strings.Join(slices.Compact(members), ",")}
+	return strings.Join(slices.Compact(members), ",")
 }
 
 // planGuard lets VXLAN in only from known peers on the underlay's link. It stands

@@ -151,3 +151,24 @@ func arrivesWith(t *testing.T, from, to *kerneltest.Place, address netip.Addr, t
 	}
 	return false
 }
+
+// TestRemovedEndpointsAreForgotten: nothing of them is left for a repair to find, of one
+// alone nor of several at once.
+func TestRemovedEndpointsAreForgotten(t *testing.T) {
+	k := newKernel(t, kernel.Config{})
+	e := kerneltest.Examples()[0]
+	e.Underlay.Program, e.Underlay.Ethernet = true, true
+	passHost(t, k, e.HostPlan())
+	pass(t, k, e)
+	for _, left := range []int{1, 0} {
+		e.Snapshot.Endpoints = e.Snapshot.Endpoints[:left]
+		pass(t, k, e)
+		settled(t, k, e)
+	}
+	e = kerneltest.Examples()[0]
+	e.Underlay.Program, e.Underlay.Ethernet = true, true
+	pass(t, k, e)
+	e.Snapshot.Endpoints = nil
+	pass(t, k, e)
+	settled(t, k, e)
+}

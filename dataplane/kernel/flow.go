@@ -104,8 +104,6 @@ func flowObject(key bpf.ProgramPair, v bpf.ProgramTally, zero time.Time) Flow {
 	return f
 }
 
-func toAddr(a bpf.ProgramAddr) netip.Addr { return netip.AddrFrom16(toBytes(a)).Unmap() }
-
 // monotonicZero returns when CLOCK_MONOTONIC was 0, by today's clock.
 func monotonicZero() (time.Time, error) {
 	var since unix.Timespec

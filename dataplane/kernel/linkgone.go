@@ -22,9 +22,9 @@ func (k *Kernel) deleteLinks(ops []dataplane.Op) []error {
 	if err != nil {
 		return fill(errs, err)
 	}
-	own, groups := map[string]bool{}, map[uint32]bool{}
+	own, groups, index := map[string]bool{}, map[uint32]bool{}, map[string]int32{}
 	for _, l := range links {
-		own[l.name] = l.ours()
+		own[l.name], index[l.name] = l.ours(), l.index
 		groups[l.group] = true
 	}
 	group := uint32(0x77656674) // "weft"
@@ -42,7 +42,9 @@ func (k *Kernel) deleteLinks(ops []dataplane.Op) []error {
 	// What the group did not take goes one by one; mostly nothing is left.
 	for i, op := range ops {
 		if name := op.Object.Key().Name; own[name] {
-			errs[i] = k.deleteLink(name)
+			if errs[i] = k.deleteLink(name); errs[i] == nil {
+				k.forgetPort(index[name])
+			}
 		}
 	}
 	return errs
@@ -62,7 +64,11 @@ func (k *Kernel) deleteLink(name string) error {
 		return nil
 	}
 	k.tunnels.end(name)
-	return k.remove(name)
+	if err := k.remove(name); err != nil {
+		return err
+	}
+	k.forgetPort(l.index) // now: without it the program guards nothing
+	return nil
 }
 
 func (k *Kernel) deleteGroup(group uint32, names []string) {

@@ -53,20 +53,14 @@ func (k *Kernel) readProgram(p dataplane.Plan) error {
 		return err
 	}
 	o := settingsObject(s)
-	there := map[uint32]bool{0: true}
+	o.Stray = len(lostPorts(ports, links))
 	for _, l := range links {
-		there[uint32(l.index)] = true
 		if uint32(l.index) == s.Underlay {
 			if there, err := k.stands(l.index, onUnderlay); err != nil {
 				return err
 			} else if there {
 				o.Underlay = l.name
 			}
-		}
-	}
-	for i := range ports {
-		if !there[i] {
-			o.Stray++
 		}
 	}
 	if !k.program.canaries() {
@@ -86,11 +80,17 @@ func (k *Kernel) readProgram(p dataplane.Plan) error {
 // readLeft adds what an earlier process has left of the program, for none is wanted.
 func (k *Kernel) readLeft(p dataplane.Plan) error {
 	_, err := os.Stat(k.program.pins)
-	all, err2 := k.filters(k.underlay.Load(), netlink.HANDLE_MIN_INGRESS)
-	if k.program.pins != "" && err == nil || slices.ContainsFunc(all, func(f filter) bool { return f.ours }) {
+	left, err2 := k.left(k.underlay.Load())
+	if k.program.pins != "" && err == nil || left {
 		p.Add(dataplane.Program{Stray: 1})
 	}
 	return err2
+}
+
+// left reports whether a filter of ours, of whatever process, stands on the link.
+func (k *Kernel) left(index int32) (bool, error) {
+	all, err := k.filters(index, netlink.HANDLE_MIN_INGRESS)
+	return slices.ContainsFunc(all, func(f filter) bool { return f.ours }), err
 }
 
 func (k *Kernel) putProgram(o dataplane.Program) error {
@@ -144,20 +144,28 @@ func (k *Kernel) forgetStray() error {
 	if err != nil {
 		return err
 	}
-	there := map[uint32]bool{0: true}
-	for _, l := range links {
-		there[uint32(l.index)] = true
-	}
 	ports, err := entries[uint32, bpf.ProgramPort](k.program.objects.WeftPorts)
 	if err != nil {
 		return err
 	}
-	for i := range ports {
-		if !there[i] {
-			k.forgetPort(int32(i))
-		}
+	for _, i := range lostPorts(ports, links) {
+		k.forgetPort(int32(i))
 	}
 	return nil
+}
+
+// lostPorts returns the endpoints whose links are gone.
+func lostPorts(ports map[uint32]bpf.ProgramPort, links []*link) (out []uint32) {
+	there := map[uint32]bool{0: true} // the canary
+	for _, l := range links {
+		there[uint32(l.index)] = true
+	}
+	for i := range ports {
+		if !there[i] {
+			out = append(out, i)
+		}
+	}
+	return out
 }
 
 // deleteProgram takes the program off the underlay's link and empties its maps.
@@ -185,11 +193,8 @@ func (k *Kernel) deleteProgram() error {
 // does not stand on the link as this process would set it up.
 func (k *Kernel) readPort(l *link) (dataplane.Port, error) {
 	if k.program.err != nil {
-		all, err := k.filters(l.index, netlink.HANDLE_MIN_INGRESS)
-		if slices.ContainsFunc(all, func(f filter) bool { return f.ours }) {
-			return dataplane.Port{Other: true}, err // of an earlier process; nobody wants it
-		}
-		return dataplane.Port{}, err
+		left, err := k.left(l.index)
+		return dataplane.Port{Other: left}, err // nobody wants that alone
 	}
 	var v bpf.ProgramPort
 	err := k.program.objects.WeftPorts.Lookup(uint32(l.index), &v)

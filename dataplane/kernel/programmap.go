@@ -46,6 +46,8 @@ func toBytes(a bpf.ProgramAddr) (out [16]byte) {
 	return out
 }
 
+func toAddr(a bpf.ProgramAddr) netip.Addr { return netip.AddrFrom16(toBytes(a)).Unmap() }
+
 // fromAddr returns an address, of IPv4 mapped into IPv6; zero for none.
 func fromAddr(a netip.Addr) bpf.ProgramAddr {
 	if !a.IsValid() {

@@ -102,5 +102,5 @@ func serviceObject(key bpf.ProgramDestKey, v bpf.ProgramService) dataplane.Servi
 	for _, b := range v.Backends[:min(int(v.N), len(v.Backends))] {
 		all = append(all, toAddr4(b.Ip4).String()+" "+store.MAC(b.Mac).String())
 	}
-	return dataplane.Service{VNI: store.VNI(key.Vni), VIP: netip.AddrFrom16(toBytes(key.At)).Unmap(), Backends: strings.Join(all, ",")}
+	return dataplane.Service{VNI: store.VNI(key.Vni), VIP: toAddr(key.At), Backends: strings.Join(all, ",")}
 }
