@@ -66,17 +66,15 @@ struct sent {
 };
 
 /* look takes down what is sent, before anything changes it. */
-static __always_inline void look(struct __sk_buff *skb, const struct port *p, struct sent *s)
+static __always_inline void look(struct __sk_buff *skb, const struct settings *host, const struct port *p, struct sent *s)
 {
 	const __u32 headers = L3 + sizeof(struct ip6);
-	__u32 zero = 0, offset = 0;
-	struct settings *host;
+	__u32 offset = 0;
 	struct ports ports;
 	struct eth *eth;
 
 	s->packets = 0;
-	host = bpf_map_lookup_elem(&weft_settings, &zero);
-	if (!host || !(host->flags & HAS_FLOWS))
+	if (!(host->flags & HAS_FLOWS))
 		return;
 	if (!holds(skb, at(skb, 0), headers)) /* a packet socket may put them elsewhere */
 		pull(skb, headers);

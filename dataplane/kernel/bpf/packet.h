@@ -128,6 +128,31 @@ static __always_inline void map_ip4(struct addr *a, __u32 ip)
 	a->w[3] = ip;
 }
 
+/* add_words adds n words of 16 bits to a sum; fold makes it the checksum (RFC 1071). */
+static __always_inline __u32 add_words(__u32 sum, const __u16 *w, int n)
+{
+	int i;
+
+#pragma unroll
+	for (i = 0; i < n; i++)
+		sum += w[i];
+	return sum;
+}
+
+static __always_inline __u16 fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~(__u16)((sum & 0xffff) + (sum >> 16));
+}
+
+/* host returns the settings; they are always there. */
+static __always_inline struct settings *host(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&weft_settings, &zero);
+}
+
 /* link_local is the address that follows from a MAC (RFC 4291, appendix A). */
 static __always_inline void link_local(struct addr *a, const __u8 *mac)
 {

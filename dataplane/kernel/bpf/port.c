@@ -26,9 +26,6 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct setti
 	struct tunnel t = {};
 	struct eth eth;
 	__u8 tos = 0;
-	__u32 sum = 0;
-	__u16 *w = (__u16 *)&t.ip;
-	int i;
 
 	if (bpf_check_mtu(skb, s->underlay, &mtu, sizeof(t), 0))
 		return TC_ACT_UNSPEC;
@@ -56,11 +53,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct setti
 	t.ip.next = NEXT_UDP;
 	t.ip.src = s->self;
 	t.ip.dst = d->peer;
-#pragma unroll
-	for (i = 0; i < (int)sizeof(t.ip) / 2; i++)
-		sum += w[i];
-	sum = (sum & 0xffff) + (sum >> 16);
-	t.ip.sum = ~(__u16)((sum & 0xffff) + (sum >> 16));
+	t.ip.sum = fold(add_words(0, (__u16 *)&t.ip, sizeof(t.ip) / 2));
 	t.udp.src = bpf_htons(0xc000 | (hash & 0x3fff));
 	t.udp.dst = s->port;
 	t.udp.len = bpf_htons(len + sizeof(t) - sizeof(eth) - sizeof(t.ip));
@@ -166,23 +159,15 @@ static __always_inline struct dest *dest_of_mac(__u32 vni, const __u8 *mac)
 	return bpf_map_lookup_elem(&weft_dests, &k);
 }
 
-static __always_inline struct settings *host(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&weft_settings, &zero);
-}
-
 /* forward takes a frame of an endpoint to where it goes, or leaves it to the stack. */
-static __always_inline int forward(struct __sk_buff *skb, const struct port *p)
+static __always_inline int forward(struct __sk_buff *skb, const struct settings *s, const struct port *p)
 {
-	struct settings *s = host();
 	struct addr src, dst;
 	struct eth *eth = at(skb, 0);
 	struct dest *d;
 	__be16 type;
 
-	if (!s || !holds(skb, eth, sizeof(*eth)))
+	if (!holds(skb, eth, sizeof(*eth)))
 		return TC_ACT_UNSPEC;
 	type = eth->type;
 	if (!(p->flags & PORT_ROUTED)) {
@@ -234,13 +219,14 @@ int weft_from_container(struct __sk_buff *skb)
 {
 	__u32 link = skb->ifindex;
 	struct port *p = bpf_map_lookup_elem(&weft_ports, &link);
+	struct settings *s = host();
 	struct sent sent = {};
 	struct counters *c;
 	int what = TC_ACT_UNSPEC;
 
-	if (!p)
+	if (!p || !s)
 		return TC_ACT_UNSPEC;
-	look(skb, p, &sent);
+	look(skb, s, p, &sent);
 	c = bpf_map_lookup_elem(&weft_counters, &link);
 	if (p->flags & PORT_GUARD) {
 		int why = guard(skb, p);
@@ -261,7 +247,7 @@ int weft_from_container(struct __sk_buff *skb)
 			what = virtual(skb, p);
 		if (what == PASS_ON) {
 			look_behind(skb, &sent);
-			what = forward(skb, p);
+			what = forward(skb, s, p);
 		}
 	}
 	tally(&sent, what == TC_ACT_UNSPEC ? VERDICT_SLOW : what == TC_ACT_SHOT ? VERDICT_LOST : VERDICT_FAST);

@@ -82,9 +82,7 @@ static __always_inline int reset(struct __sk_buff *skb)
 		struct ip4 ip;
 		struct tcp tcp;
 	} __attribute__((packed, aligned(2))) out = {}, in;
-	__u32 sum = 0, payload;
-	__u16 *w;
-	int i;
+	__u32 sum, payload;
 
 	if (bpf_skb_load_bytes(skb, 0, &in, sizeof(in)))
 		return TC_ACT_SHOT;
@@ -104,12 +102,7 @@ static __always_inline int reset(struct __sk_buff *skb)
 	out.ip.next = NEXT_TCP;
 	out.ip.src = in.ip.dst;
 	out.ip.dst = in.ip.src;
-	w = (void *)&out.ip;
-#pragma unroll
-	for (i = 0; i < (int)sizeof(out.ip) / 2; i++)
-		sum += w[i];
-	sum = (sum & 0xffff) + (sum >> 16);
-	out.ip.sum = ~(__u16)((sum & 0xffff) + (sum >> 16));
+	out.ip.sum = fold(add_words(0, (__u16 *)&out.ip, sizeof(out.ip) / 2));
 	out.tcp.ports.src = in.tcp.ports.dst;
 	out.tcp.ports.dst = in.tcp.ports.src;
 	out.tcp.offset = 5 << 4;
@@ -123,12 +116,7 @@ static __always_inline int reset(struct __sk_buff *skb)
 	/* The pseudo header (RFC 9293, 3.1). */
 	sum = bpf_htons(NEXT_TCP) + bpf_htons(sizeof(out.tcp));
 	sum += (out.ip.src & 0xffff) + (out.ip.src >> 16) + (out.ip.dst & 0xffff) + (out.ip.dst >> 16);
-	w = (void *)&out.tcp;
-#pragma unroll
-	for (i = 0; i < (int)sizeof(out.tcp) / 2; i++)
-		sum += w[i];
-	sum = (sum & 0xffff) + (sum >> 16);
-	out.tcp.sum = ~(__u16)((sum & 0xffff) + (sum >> 16));
+	out.tcp.sum = fold(add_words(sum, (__u16 *)&out.tcp, sizeof(out.tcp) / 2));
 	if (bpf_skb_store_bytes(skb, 0, &out, sizeof(out), 0))
 		return TC_ACT_SHOT;
 	return bpf_redirect(skb->ifindex, 0);
