@@ -117,21 +117,7 @@ func (f *firewalls) start(t *testing.T) {
 	}
 	run(t, f.a, "bridge", "-p", "8059:80")
 	f.serve(t)
-	var l net.Listener
-	if err := hosts.InNetNS(f.a.NetNS(), func() (err error) { l, err = net.Listen("tcp4", "0.0.0.0:9000"); return err }); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = c.Write([]byte("own"))
-			_ = c.Close()
-		}
-	}()
+	listenIn(t, f.a.NetNS(), 9000, func(c net.Conn) { _, _ = c.Write([]byte("own")) })
 }
 
 func (f *firewalls) address6(kind, host int) string {

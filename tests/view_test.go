@@ -204,3 +204,28 @@ func until(t *testing.T, h *hosts.Host, what string, ok func([]endpointView) boo
 		return nil
 	})
 }
+
+// listenIn answers connections to a port in a namespace, until the test ends.
+func listenIn(t *testing.T, netns string, port int, answer func(net.Conn)) {
+	t.Helper()
+	var l net.Listener
+	if err := hosts.InNetNS(netns, func() (err error) {
+		l, err = net.Listen("tcp4", fmt.Sprintf(":%d", port))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				answer(c)
+				_ = c.Close()
+			}()
+		}
+	}()
+}

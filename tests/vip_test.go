@@ -148,52 +148,42 @@ func (v *vips) fromEverywhere(t *testing.T) {
 
 // ownTasks asks from the tasks themselves, of which each gets itself too.
 func (v *vips) ownTasks(t *testing.T) {
-	for _, task := range v.tasks(t, v.lab.Hosts[0], "web", 3) {
-		for _, h := range v.lab.Hosts {
-			if h.Name == task.Host {
-				v.balanced(t, hosts.Container{Host: h, Name: task.Container}, 3)
-			}
-		}
+	for _, c := range v.running(t) {
+		v.balanced(t, c, 3)
 	}
 }
 
 // otherProtocols listens in a task, and looks who asks.
 func (v *vips) otherProtocols(t *testing.T) {
-	tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
 	const port = 9000
 	heard := make(chan string, 64)
-	for _, task := range tasks {
-		for _, h := range v.lab.Hosts {
-			if h.Name != task.Host {
-				continue
-			}
-			err := hosts.InNetNS(netnsOf(t, hosts.Container{Host: h, Name: task.Container}), func() error {
-				u, err := net.ListenUDP("udp4", &net.UDPAddr{Port: port})
-				if err != nil {
-					return err
-				}
-				t.Cleanup(func() { _ = u.Close() })
-				go func() {
-					buf := make([]byte, 2000)
-					for {
-						n, from, err := u.ReadFromUDPAddrPort(buf)
-						if err != nil {
-							return
-						}
-						heard <- from.Addr().Unmap().String()
-						_, _ = u.WriteToUDPAddrPort(buf[:n], from)
-					}
-				}()
-				return nil
-			})
+	for _, c := range v.running(t) {
+		err := inside(t, c, func() error {
+			u, err := net.ListenUDP("udp4", &net.UDPAddr{Port: port})
 			if err != nil {
-				t.Fatal(err)
+				return err
 			}
+			t.Cleanup(func() { _ = u.Close() })
+			go func() {
+				buf := make([]byte, 2000)
+				for {
+					n, from, err := u.ReadFromUDPAddrPort(buf)
+					if err != nil {
+						return
+					}
+					heard <- from.Addr().Unmap().String()
+					_, _ = u.WriteToUDPAddrPort(buf[:n], from)
+				}
+			}()
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
 		}
 	}
 	for _, c := range v.clients {
 		var u *net.UDPConn
-		if err := hosts.InNetNS(netnsOf(t, c), func() (err error) {
+		if err := inside(t, c, func() (err error) {
 			u, err = net.DialUDP("udp4", nil, &net.UDPAddr{IP: v.address.AsSlice(), Port: port})
 			return err
 		}); err != nil {
@@ -220,27 +210,13 @@ func (v *vips) otherProtocols(t *testing.T) {
 
 // pluginKilled keeps connections busy while the plugin is killed on every host.
 func (v *vips) pluginKilled(t *testing.T) {
-	tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
 	const port = 9001
-	for _, task := range tasks {
-		for _, h := range v.lab.Hosts {
-			if h.Name == task.Host {
-				echo(t, netnsOf(t, hosts.Container{Host: h, Name: task.Container}), port)
-			}
-		}
+	for _, c := range v.running(t) {
+		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
 	}
 	var conns []net.Conn
 	for _, c := range v.clients {
-		ns := netnsOf(t, c)
-		for range 10 {
-			if err := hosts.InNetNS(ns, func() error {
-				n, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", v.address, port), hungAfter)
-				conns = append(conns, n)
-				return err
-			}); err != nil {
-				t.Fatal(err)
-			}
-		}
+		conns = append(conns, v.connect(t, c, 10, port)...)
 	}
 	for _, h := range v.lab.Hosts {
 		pid, err := h.PluginPID(t.Context(), "")
@@ -278,26 +254,29 @@ func (v *vips) pluginKilled(t *testing.T) {
 	v.settled(t)
 }
 
-// echo sends back what comes to a port in a namespace, until the test ends.
-func echo(t *testing.T, netns string, port int) {
+// running returns the containers of the three tasks.
+func (v *vips) running(t *testing.T) (out []hosts.Container) {
 	t.Helper()
-	var l net.Listener
-	if err := hosts.InNetNS(netns, func() (err error) {
-		l, err = net.Listen("tcp4", fmt.Sprintf(":%d", port))
-		return err
-	}); err != nil {
-		t.Fatal(err)
+	for _, task := range v.tasks(t, v.lab.Hosts[0], "web", 3) {
+		out = append(out, hosts.Container{Host: v.lab.Host(task.Host), Name: task.Container})
 	}
-	t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() { _, _ = io.Copy(c, c); _ = c.Close() }()
+	return out
+}
+
+// connect opens connections to a port of the virtual address.
+func (v *vips) connect(t *testing.T, from hosts.Container, n, port int) (conns []net.Conn) {
+	t.Helper()
+	ns := netnsOf(t, from)
+	for range n {
+		if err := hosts.InNetNS(ns, func() error {
+			c, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", v.address, port), hungAfter)
+			conns = append(conns, c)
+			return err
+		}); err != nil {
+			t.Fatal(err)
 		}
-	}()
+	}
+	return conns
 }
 
 func roundTrip(c net.Conn) error {
@@ -349,11 +328,7 @@ func (v *vips) updatesAndKills(t *testing.T) {
 	}
 	kill := func() {
 		tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
-		for _, h := range v.lab.Hosts {
-			if h.Name == tasks[0].Host {
-				docker(t, h, "kill", tasks[0].Container)
-			}
-		}
+		docker(t, v.lab.Host(tasks[0].Host), "kill", tasks[0].Container)
 		pause(t, 2*time.Second)
 		v.tasks(t, v.lab.Hosts[0], "web", 3)
 	}
@@ -436,26 +411,11 @@ func (v *vips) anotherLeader(t *testing.T) {
 
 // resets cuts a task off from its client, and removes it: the client is told.
 func (v *vips) resets(t *testing.T) {
-	tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
 	const port = 9002
-	for _, task := range tasks {
-		for _, h := range v.lab.Hosts {
-			if h.Name == task.Host {
-				echo(t, netnsOf(t, hosts.Container{Host: h, Name: task.Container}), port)
-			}
-		}
+	for _, c := range v.running(t) {
+		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
 	}
-	var conns []net.Conn
-	ns := netnsOf(t, v.clients[0])
-	for range 30 {
-		if err := hosts.InNetNS(ns, func() error {
-			n, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", v.address, port), hungAfter)
-			conns = append(conns, n)
-			return err
-		}); err != nil {
-			t.Fatal(err)
-		}
-	}
+	conns := v.connect(t, v.clients[0], 30, port)
 	// The listeners are this process's: no container's end closes the connections.
 	v.update(t, "web", 3, "--force")
 	v.settled(t)
