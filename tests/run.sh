@@ -71,14 +71,14 @@ test | soak)
 	# runs first, two packages at a time.
 	mapfile -t packages < <(go list ./... | grep -v '/tests$')
 	go test -timeout "$limit" "${packages[@]}"
-	# Not from Go's cache, which does not see that the plugin was changed. Three at
+	# Not from Go's cache, which does not see that the plugin was changed. Four at
 	# a time: they wait more than they work. Ten minutes of random operations
 	# are for the soak alone.
 	skip='^TestSwarmRandom$'
 	if [ "$what" = soak ]; then
 		skip='^$'
 	fi
-	exec go test -count 1 -timeout "$limit" -parallel 3 -skip "$skip" -v ./tests
+	exec go test -count 1 -timeout "$limit" -parallel 4 -skip "$skip" -v ./tests
 	;;
 bench)
 	exec go run ./tests/bench

@@ -47,6 +47,7 @@ func TestVIP(t *testing.T) {
 				{"updates and kills", v.updatesAndKills},
 				{"killed in mid-change", v.killedInMidChange},
 				{"another leader", v.anotherLeader},
+				{"no manager", v.noManager},
 				{"a dead task's connection is reset", v.resets},
 				{"gone", v.gone},
 			} {
@@ -406,6 +407,46 @@ func (v *vips) anotherLeader(t *testing.T) {
 			v.clients[i] = run(t, h, "client", "--network", "app")
 		}
 		v.balanced(t, v.clients[i], 3)
+	}
+}
+
+// noManager makes two hosts workers and kills the dockerd of the only manager. A
+// worker whose plugin starts anew meanwhile serves what was known last.
+func (v *vips) noManager(t *testing.T) {
+	boss := v.leader(t, nil)
+	for _, h := range v.lab.Hosts {
+		if h != boss {
+			demote(t, boss, h.Name)
+		}
+	}
+	if err := boss.KillDockerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range v.clients {
+		if c.Host != boss {
+			killParent(t, c.Host)
+			v.balanced(t, c, 3)
+		}
+	}
+	figure(t, "VIP without any manager", 2, "workers whose plugin started anew have all 3 tasks answer")
+	if err := boss.StartDockerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for i, h := range v.lab.Hosts {
+		if h == boss {
+			docker(t, h, "rm", "-f", "client")
+			v.clients[i] = run(t, h, "client", "--network", "app")
+			continue
+		}
+		eventually(t, 60*time.Second, h.Name+" is promoted", func(ctx context.Context) error {
+			_, err := boss.Docker(ctx, "node", "promote", h.Name)
+			return err
+		})
+	}
+	v.tasks(t, boss, "web", 3)
+	v.settled(t)
+	for _, c := range v.clients {
+		v.balanced(t, c, 3)
 	}
 }
 

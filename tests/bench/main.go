@@ -2,9 +2,9 @@
 // run, and prints ratios. Nothing is asserted: docs/benchmarks.md keeps the table.
 //
 // Two hosts run every path: a raw veth pair, Docker's bridge, Docker's overlay (a
-// two-host Swarm), Weft, and for encrypted networks a bare WireGuard device. A round measures each path once; odd rounds go through
-// them in reverse. Figures are medians over the rounds, ratios medians of the
-// rounds' ratios.
+// two-host Swarm), Weft, and for encrypted networks a bare WireGuard device. A round
+// measures each path once; odd rounds go through them in reverse. Figures are
+// medians over the rounds, ratios medians of the rounds' ratios.
 package main
 
 import (
@@ -28,23 +28,34 @@ import (
 	"github.com/weftnet/weft/tests/hosts"
 )
 
+// options are the command's flags.
+type options struct {
+	rounds, attaches, mtu int
+	length                time.Duration
+	wire                  bool
+	set, svg              string
+}
+
 func main() {
-	rounds := flag.Int("rounds", 5, "rounds over all paths")
-	length := flag.Duration("length", 600*time.Millisecond, "length of each flow in a round")
-	attaches := flag.Int("attaches", 9, "docker run --rm per network; 0 leaves that table out")
-	mtu := flag.Int("mtu", 1500, "MTU of the hosts' network")
-	wire := flag.Bool("wire", false, "no segmentation offload on the hosts' network: every packet is as large as its MTU")
+	var o options
+	flag.IntVar(&o.rounds, "rounds", 5, "rounds over all paths")
+	flag.DurationVar(&o.length, "length", 600*time.Millisecond, "length of each flow in a round")
+	flag.IntVar(&o.attaches, "attaches", 9, "docker run --rm per network; 0 leaves that table out")
+	flag.IntVar(&o.mtu, "mtu", 1500, "MTU of the hosts' network")
+	flag.BoolVar(&o.wire, "wire", false, "no segmentation offload on the hosts' network: every packet is as large as its MTU")
+	flag.StringVar(&o.set, "set", "", "a further setting of the plugin, for example WEFT_FLOWS=off")
+	flag.StringVar(&o.svg, "svg", "", "file for a picture of the ratios")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := bench(ctx, *rounds, *length, *attaches, *mtu, *wire); err != nil {
+	if err := bench(ctx, o); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)
 	}
 }
 
-func bench(ctx context.Context, rounds int, length time.Duration, attaches, mtu int, wire bool) (err error) {
+func bench(ctx context.Context, o options) (err error) {
 	dir, err := os.MkdirTemp("", "weft-bench-")
 	if err != nil {
 		return err
@@ -53,18 +64,18 @@ func bench(ctx context.Context, rounds int, length time.Duration, attaches, mtu 
 	if out, err := exec.CommandContext(ctx, "make", "-s", "plugin", "PLUGIN="+dir).CombinedOutput(); err != nil {
 		return fmt.Errorf("make plugin: %w: %s", err, out)
 	}
-	lab, err := hosts.New(ctx, hosts.Options{MTU: mtu, Hosts: []hosts.HostOptions{{Name: "alpha"}, {Name: "beta"}}})
+	lab, err := hosts.New(ctx, hosts.Options{MTU: o.mtu, Hosts: []hosts.HostOptions{{Name: "alpha"}, {Name: "beta"}}})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, lab.Close()) }()
 	b := &setup{ctx: ctx, plugin: dir, a: lab.Hosts[0], b: lab.Hosts[1]}
-	if wire {
+	if o.wire {
 		if err := b.noOffload(); err != nil {
 			return err
 		}
 	}
-	if err := b.networks(); err != nil {
+	if err := b.networks(o.set); err != nil {
 		return err
 	}
 	defer b.end()
@@ -72,17 +83,25 @@ func bench(ctx context.Context, rounds int, length time.Duration, attaches, mtu 
 	if err != nil {
 		return err
 	}
+	var charts []chart
 	for _, t := range []struct {
 		title string
 		paths []path
 	}{{"Same host, ratio to a raw veth pair", same}, {"Across hosts, ratio to the hosts' own network", across},
 		{"Across hosts, encrypted, ratio to a bare device of wireguard-go", encrypted}} {
-		if err := table(t.title, t.paths, rounds, length); err != nil {
+		rows, err := table(t.title, t.paths, o.rounds, o.length)
+		if err != nil {
+			return err
+		}
+		charts = append(charts, chart{t.title, rows})
+	}
+	if o.svg != "" {
+		if err := picture(o.svg, charts); err != nil {
 			return err
 		}
 	}
-	if attaches > 0 {
-		return b.attach(attaches)
+	if o.attaches > 0 {
+		return b.attach(o.attaches)
 	}
 	return nil
 }
@@ -96,12 +115,16 @@ type setup struct {
 	started []*exec.Cmd // that end with the bench
 }
 
-func (s *setup) networks() error {
+func (s *setup) networks(set string) error {
 	join := "WEFT_JOIN=" + s.a.Address.String() + "," + s.b.Address.String()
 	key := make([]byte, 32)
 	_, _ = rand.Read(key) // never fails
+	settings := []string{join, "WEFT_KEY=" + hex.EncodeToString(key)}
+	if set != "" {
+		settings = append(settings, set)
+	}
 	for i, h := range []*hosts.Host{s.a, s.b} {
-		if err := h.InstallPlugin(s.ctx, s.plugin, join, "WEFT_KEY="+hex.EncodeToString(key)); err != nil {
+		if err := h.InstallPlugin(s.ctx, s.plugin, settings...); err != nil {
 			return err
 		}
 		if _, err := h.Docker(s.ctx, "network", "create", "-d", hosts.PluginName, "--subnet", "10.32.0.0/16",
@@ -254,8 +277,9 @@ func reach(ctx context.Context, h *hosts.Host, container string, a netip.Addr) e
 	}
 }
 
-// table measures and prints one set of paths; the first is the reference.
-func table(title string, paths []path, rounds int, length time.Duration) error {
+// table measures and prints one set of paths; the first is the reference. It returns
+// the ratios.
+func table(title string, paths []path, rounds int, length time.Duration) (rows []row, err error) {
 	all := make([][]figures, len(paths))
 	for r := range rounds {
 		order := make([]int, len(paths))
@@ -268,7 +292,7 @@ func table(title string, paths []path, rounds int, length time.Duration) error {
 		for _, i := range order {
 			f, err := paths[i].measure(length)
 			if err != nil {
-				return err
+				return nil, err
 			}
 			all[i] = append(all[i], f)
 		}
@@ -288,6 +312,7 @@ func table(title string, paths []path, rounds int, length time.Duration) error {
 	}
 	for i, p := range paths {
 		fmt.Printf("| %s |", p.name)
+		line := row{name: p.name}
 		for _, c := range cells {
 			var values, ratios []float64
 			for r := range all[i] {
@@ -295,10 +320,12 @@ func table(title string, paths []path, rounds int, length time.Duration) error {
 				ratios = append(ratios, c.value(all[i][r])/c.value(all[0][r]))
 			}
 			fmt.Printf(" "+c.format+" (%.2f) |", median(values), median(ratios))
+			line.ratios = append(line.ratios, median(ratios))
 		}
 		fmt.Println()
+		rows = append(rows, line)
 	}
-	return nil
+	return rows, nil
 }
 
 // attach times docker run --rm with each network, interleaved.
