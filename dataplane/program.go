@@ -44,9 +44,10 @@ type Dest struct {
 	VNI      store.VNI
 	MAC      store.MAC  // of the endpoint
 	IP       netip.Addr // of the endpoint on a routed network; else the zero Addr
-	Link     string     // host's side of the link of an endpoint of this host; or
+	Link     string     // host's side of the link of an endpoint of this host, or the WireGuard device of Tunnel; or
 	Peer     netip.Addr // IPv4 underlay address of its host
 	Direct   bool       // the peer is on the underlay's link
+	Tunnel   bool       // Link leads to the peer
 	Services bool       // Link's endpoint may have asked a virtual address
 	Stack    bool       // the host's stack must see all of its packets: some are translated
 }
@@ -123,7 +124,7 @@ func (o Dest) String() string {
 	if o.IP.IsValid() {
 		s += o.IP.String() + " "
 	}
-	s += o.MAC.String()
+	s = strings.TrimSpace(s + o.MAC.String())
 	if o.Link != "" {
 		s += " dev " + o.Link
 	} else {
@@ -131,6 +132,9 @@ func (o Dest) String() string {
 	}
 	if o.Direct {
 		s += " direct"
+	}
+	if o.Tunnel {
+		s += " tunnel"
 	}
 	if o.Stack {
 		s += " stack"
@@ -192,7 +196,7 @@ func planLocalDests(p Plan, s store.Snapshot, e store.Endpoint, u Underlay) {
 
 // planDest makes an endpoint of a peer known to the program.
 func planDest(p Plan, o Dest, n store.Network, u Underlay) {
-	if u.Program && u.Ethernet && !n.SlowPath && u.Address.Is4() && o.Peer.Is4() {
+	if u.Program && !n.SlowPath && (o.Tunnel || u.Ethernet && u.Address.Is4() && o.Peer.Is4()) {
 		p.Add(o)
 	}
 }

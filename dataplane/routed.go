@@ -68,7 +68,7 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 	planWays(p, s, peers, taken, func(peer store.Peer, a netip.Addr) Route {
 		switch {
 		case across(s.Self, peer.Host, u):
-			return tunnelRoute(s.Self, peer.Host)
+			return planTunnelled(p, s, peer, a, u)
 		case direct(peer, a, u):
 			planDest(p, Dest{VNI: n.VNI, IP: a, Peer: peer.Address, Direct: true}, n, u)
 			return Route{Link: u.Link, Via: peer.Address}

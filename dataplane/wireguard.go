@@ -28,6 +28,8 @@ type WireGuard struct {
 	Port   uint16      // UDP
 	MTU    int         // bytes
 	Up     bool
+	// Program: the port program takes what the device decrypts to its endpoint.
+	Program bool
 }
 
 // TunnelPeer is a host to which a device encrypts. Its allowed addresses come with the
@@ -53,7 +55,11 @@ func (o WireGuard) Key() Key { return Key{Kind: KindWireGuard, Name: o.Name} }
 func (o TunnelPeer) Key() Key { return Key{Kind: KindPeer, Name: o.Device + " " + o.Public.String()} }
 
 func (o WireGuard) String() string {
-	return fmt.Sprintf("link %s wireguard key %s port %d mtu %d %s alias %q", o.Name, o.Public, o.Port, o.MTU, updown(o.Up), TunnelAlias)
+	s := fmt.Sprintf("link %s wireguard key %s port %d mtu %d %s alias %q", o.Name, o.Public, o.Port, o.MTU, updown(o.Up), TunnelAlias)
+	if o.Program {
+		s += " program"
+	}
+	return s
 }
 
 func (o TunnelPeer) String() string {
@@ -105,7 +111,8 @@ func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
 	}
 	mtu := tunnelledMTU(u)
 	device := func(way int) {
-		p.Add(WireGuard{Name: TunnelNames[way], Public: self.Key(way), Port: self.Port + uint16(way), MTU: mtu, Up: true})
+		p.Add(WireGuard{Name: TunnelNames[way], Public: self.Key(way), Port: self.Port + uint16(way), MTU: mtu, Up: true,
+			Program: u.Program && slices.ContainsFunc(s.Networks, fast)})
 	}
 	device(0)
 	if self.Rotating() {
@@ -188,7 +195,15 @@ func planEncrypted(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bo
 			peers[peer.ID] = peer
 		}
 	}
-	planWays(p, s, peers, taken, func(peer store.Peer, _ netip.Addr) Route { return tunnelRoute(s.Self, peer.Host) })
+	planWays(p, s, peers, taken, func(peer store.Peer, a netip.Addr) Route { return planTunnelled(p, s, peer, a, u) })
+}
+
+// planTunnelled makes the address of a peer's endpoint known to the program, and returns
+// the route.
+func planTunnelled(p Plan, s store.Snapshot, peer store.Peer, a netip.Addr, u Underlay) Route {
+	r := tunnelRoute(s.Self, peer.Host)
+	planDest(p, Dest{VNI: s.Network.VNI, IP: a, Link: r.Link, Tunnel: true}, *s.Network, u)
+	return r
 }
 
 // tunnelRoute returns a route through the tunnel to a peer, without network and prefix.

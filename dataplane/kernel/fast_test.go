@@ -13,11 +13,14 @@ import (
 	"github.com/weftnet/weft/store"
 )
 
+// encryptedMode stands for an encrypted network in a table of modes.
+const encryptedMode = "encrypted"
+
 // TestFastPath has containers talk on one host and across two, with the port program
 // on both hosts, on one of them, and with its maps empty: the answers are the same, and
 // the counters tell which way they came.
 func TestFastPath(t *testing.T) {
-	for _, mode := range []string{store.ModeVXLAN, store.ModeRouted} {
+	for _, mode := range []string{store.ModeVXLAN, store.ModeRouted, encryptedMode} {
 		for _, c := range []struct {
 			name   string
 			on     [2]bool
@@ -46,7 +49,7 @@ func TestFastPath(t *testing.T) {
 						// Of a megabyte there and back most segments go past the stack; but IPv6 of a
 						// routed network takes the VXLAN device over an IPv4 underlay.
 						fast := sum.Fast > 4*sum.Slow
-						if c.on[i] && fast == c.broken && (mode == store.ModeVXLAN || v6 == 0) {
+						if c.on[i] && fast == c.broken && (mode != store.ModeRouted || v6 == 0) {
 							t.Errorf("%s: %d frames by the fast path, %d by the slow one", m.self.ID, sum.Fast, sum.Slow)
 						}
 						for reason, n := range sum.Dropped {
@@ -67,7 +70,10 @@ func fastHosts(t *testing.T, mode string, on [2]bool) (all []*machine) {
 	fabric.Run(t, "ip link add fabric type bridge\nip link set fabric up\niptables -P FORWARD ACCEPT")
 	for i := range on {
 		m := newMachineWith(t, fabric, i+1, false, loaded(t, on[i]))
-		m.routed = mode == store.ModeRouted
+		m.routed, m.encrypted = mode == store.ModeRouted, mode == encryptedMode
+		if m.encrypted {
+			m.self.Tunnel = kerneltest.TunnelOf(m.self.ID, 1)
+		}
 		m.Run(t, "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1\niptables -P FORWARD DROP\nip6tables -P FORWARD DROP")
 		m.endpoint(10 + 2*i)
 		m.endpoint(11 + 2*i)
@@ -77,7 +83,7 @@ func fastHosts(t *testing.T, mode string, on [2]bool) (all []*machine) {
 		m.program(t, all...)
 		m.start(t)
 		m.program(t, all...) // they have joined
-		if !m.routed {
+		if mode == store.ModeVXLAN {
 			continue
 		}
 		for _, c := range m.containers {
@@ -105,13 +111,13 @@ func loaded(t *testing.T, on bool) *kernel.Program {
 // TestHops sends packets with little time to live: a bridge takes nothing from it, and
 // each host that routes takes one, on either path.
 func TestHops(t *testing.T) {
-	for _, mode := range []string{store.ModeVXLAN, store.ModeRouted} {
+	for _, mode := range []string{store.ModeVXLAN, store.ModeRouted, encryptedMode} {
 		for _, on := range []bool{true, false} {
 			t.Run(mode+map[bool]string{true: "/fast", false: "/slow"}[on], func(t *testing.T) {
 				all := fastHosts(t, mode, [2]bool{on, on})
 				from := all[0].containers[0]
 				// A container takes a packet with one left; a host that routes does not.
-				hops := map[bool][2]int{false: {1, 1}, true: {2, 3}}[mode == store.ModeRouted]
+				hops := map[bool][2]int{false: {1, 1}, true: {2, 3}}[mode != store.ModeVXLAN]
 				for i, to := range []*machine{all[0], all[1]} {
 					at := []int{1, 0}[i]
 					for ttl := 1; ttl <= 3; ttl++ {

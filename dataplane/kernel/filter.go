@@ -57,7 +57,7 @@ func (k *Kernel) filters(index int32, parent uint32) ([]filter, error) {
 }
 
 // parents are where a program stands on its link.
-var parents = [...]uint32{onEndpoint: netlink.HANDLE_MIN_INGRESS, onUnderlay: netlink.HANDLE_MIN_INGRESS, onEgress: netlink.HANDLE_MIN_EGRESS}
+var parents = [...]uint32{onEndpoint: netlink.HANDLE_MIN_INGRESS, onUnderlay: netlink.HANDLE_MIN_INGRESS, onEgress: netlink.HANDLE_MIN_EGRESS, onTunnel: netlink.HANDLE_MIN_INGRESS}
 
 // stands reports whether the program stands on the link as this process would put it.
 func (k *Kernel) stands(index int32, where int) (bool, error) {

@@ -73,7 +73,7 @@ func FuzzPortValue(f *testing.F) {
 
 func FuzzDestValue(f *testing.F) {
 	fuzz(f, func(t *testing.T, m *material) {
-		o := dataplane.Dest{VNI: m.vni(), MAC: m.mac(), Peer: m.ip4(), Stack: m.bit(), Direct: m.bit(), Services: m.bit()}
+		o := dataplane.Dest{VNI: m.vni(), MAC: m.mac(), Peer: m.ip4(), Stack: m.bit(), Direct: m.bit(), Services: m.bit(), Tunnel: m.bit()}
 		if m.bit() {
 			o.IP = m.addr()
 		}

@@ -31,6 +31,7 @@ const (
 	destStack  = 1
 	destDirect = 2
 	destVIPs   = 4
+	destTunnel = 8
 )
 
 const (
@@ -50,7 +51,7 @@ type Program struct {
 	pins    string // folder, or ""
 	pinned  bool   // by this process
 	// name of a filter: the same one has the same program and maps.
-	name    [3]string   // by where it stands
+	name    [4]string   // by where it stands
 	used    atomic.Bool // the host has networks
 	cleared atomic.Bool // a map was; Watch tells of it
 
@@ -65,6 +66,7 @@ const (
 	onEndpoint = iota
 	onUnderlay
 	onEgress // of an endpoint's link
+	onTunnel // a WireGuard device
 )
 
 type dest struct {
@@ -151,7 +153,7 @@ func (p *Program) maps() (names []string, all []**ebpf.Map) {
 
 // programs returns the programs in the order of where they stand.
 func (p *Program) programs() []**ebpf.Program {
-	return []**ebpf.Program{&p.objects.WeftFromContainer, &p.objects.WeftFromUnderlay, &p.objects.WeftToContainer}
+	return []**ebpf.Program{&p.objects.WeftFromContainer, &p.objects.WeftFromUnderlay, &p.objects.WeftToContainer, &p.objects.WeftFromTunnel}
 }
 
 // Files returns what InheritProgram in a child process needs, and Err is nil then.

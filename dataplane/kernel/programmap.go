@@ -136,13 +136,16 @@ func destValue(o dataplane.Dest, link uint32) bpf.ProgramDest {
 	if o.Services {
 		v.Flags |= destVIPs
 	}
+	if o.Tunnel {
+		v.Flags |= destTunnel
+	}
 	return v
 }
 
 // destObject returns a destination; that of a link without a name is none that anybody
 // wants.
 func destObject(d dest, names map[int32]string) dataplane.Dest {
-	o := dataplane.Dest{VNI: store.VNI(d.value.Vni), MAC: d.value.Mac, Stack: d.value.Flags&destStack != 0, Direct: d.value.Flags&destDirect != 0, Services: d.value.Flags&destVIPs != 0}
+	o := dataplane.Dest{VNI: store.VNI(d.value.Vni), MAC: d.value.Mac, Stack: d.value.Flags&destStack != 0, Direct: d.value.Flags&destDirect != 0, Services: d.value.Flags&destVIPs != 0, Tunnel: d.value.Flags&destTunnel != 0}
 	if d.key.Vni == 0 {
 		o.IP = toAddr(d.key.At)
 	}

@@ -144,9 +144,32 @@ func (k *Kernel) putTunnel(o dataplane.WireGuard) error {
 		return explainPort(o, err)
 	}
 	if d := k.tunnels.running(o.Name); d != nil {
-		return explainPort(o, d.up(o.MTU))
+		if err := d.up(o.MTU); err != nil {
+			return explainPort(o, err)
+		}
 	}
-	return nil
+	return k.guide(o.Name, o.Program)
+}
+
+// guide makes the port program stand on a WireGuard device, or takes it off.
+func (k *Kernel) guide(name string, on bool) error {
+	l, err := k.link(name)
+	if err != nil {
+		return err
+	}
+	if on && k.program.err == nil {
+		return k.attach(l.index, onTunnel)
+	}
+	return k.detach(l.index)
+}
+
+// guided reports whether the port program stands on a WireGuard device as this process
+// would put it, or at all if this process has none.
+func (k *Kernel) guided(index int32) (bool, error) {
+	if k.program.err != nil {
+		return k.left(index)
+	}
+	return k.stands(index, onTunnel)
 }
 
 func explainPort(o dataplane.WireGuard, err error) error {
@@ -169,6 +192,9 @@ func (k *Kernel) readTunnels(p dataplane.Plan) error {
 			return err
 		}
 		o := dataplane.WireGuard{Name: name, MTU: l.mtu, Up: l.up}
+		if o.Program, err = k.guided(l.index); err != nil {
+			return err
+		}
 		d, err := k.tunnels.device(name)
 		if errors.Is(err, os.ErrNotExist) {
 			p.Add(o)

@@ -26,7 +26,13 @@ import (
 // after the device was removed. In a guest with the kernel's module (WEFT_GUEST) that
 // does it, else Weft's own.
 func TestEncryptedTraffic(t *testing.T) {
-	a, b, seen, plain := encryptedPair(t)
+	for _, on := range []bool{false, true} {
+		t.Run(map[bool]string{false: "stack", true: "program"}[on], func(t *testing.T) { encryptedTraffic(t, on) })
+	}
+}
+
+func encryptedTraffic(t *testing.T, on bool) {
+	a, b, seen, plain := encryptedPair(t, on)
 	program := func() {
 		a.program(t, a, b)
 		b.program(t, a, b)
@@ -48,6 +54,15 @@ func TestEncryptedTraffic(t *testing.T) {
 			t.Errorf("the kernel's module encrypts: %t, want %t", all[0].Module, guest)
 		}
 	})
+	if on { // nothing passes the stack any more
+		for _, m := range []*machine{a, b} {
+			m.Run(t, "iptables -I FORWARD -j DROP\nip6tables -I FORWARD -j DROP")
+		}
+		talk("past the stack")
+		for _, m := range []*machine{a, b} {
+			m.Run(t, "iptables -D FORWARD -j DROP\nip6tables -D FORWARD -j DROP")
+		}
+	}
 	old, next := kerneltest.TunnelOf(a.self.ID, 2).Keys[0], kerneltest.TunnelOf(a.self.ID, 2).Keys[1]
 	for _, step := range []store.Tunnel{
 		{Keys: []store.WGKey{old, next}}, {Keys: []store.WGKey{old, next}, Last: true},
@@ -68,13 +83,13 @@ func TestEncryptedTraffic(t *testing.T) {
 	t.Logf("SCORE encrypted traffic | runs 7 | %d of %d frames plain (target 0)", plain.Load(), seen.Load())
 }
 
-// encryptedPair makes two hosts with a container each on an encrypted network, and
-// counts what is seen between them.
-func encryptedPair(t *testing.T) (a, b *machine, seen, plain *atomic.Int64) {
+// encryptedPair makes two hosts with a container each on an encrypted network, with the
+// port program or without, and counts what is seen between them.
+func encryptedPair(t *testing.T, on bool) (a, b *machine, seen, plain *atomic.Int64) {
 	t.Helper()
 	fabric := kerneltest.NewPlace(t)
 	fabric.Run(t, "ip link add fabric type bridge\nip link set fabric up\niptables -P FORWARD ACCEPT")
-	a, b = newMachine(t, fabric, 1, false), newMachine(t, fabric, 2, false)
+	a, b = newMachineWith(t, fabric, 1, false, loaded(t, on)), newMachineWith(t, fabric, 2, false, loaded(t, on))
 	seen, plain = watch(t, fabric)
 	for i, m := range []*machine{a, b} {
 		m.encrypted, m.self.Tunnel = true, kerneltest.TunnelOf(m.self.ID, 1)
@@ -100,7 +115,7 @@ func encryptedPair(t *testing.T) (a, b *machine, seen, plain *atomic.Int64) {
 // A peer that is heard from elsewhere than its record says, as when a NAT in front of it
 // takes another port, is sought where it was heard, also after a repair.
 func TestRoamedPeerStaysWhereItWasHeard(t *testing.T) {
-	a, b, _, _ := encryptedPair(t)
+	a, b, _, _ := encryptedPair(t, true)
 	echo(t, a.containers[0], b.containers[0], b.endpoints[0].IPv4.Addr())
 	endpoint := func() (at netip.AddrPort) {
 		a.Do(func() {

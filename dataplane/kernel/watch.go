@@ -215,7 +215,7 @@ func (w *watch) routeEvent(m message) []store.VNI {
 	case unix.RTM_NEWTFILTER, unix.RTM_DELTFILTER, unix.RTM_NEWQDISC, unix.RTM_DELQDISC:
 		if len(m.data) >= nl.SizeofTcMsg {
 			index := int32(binary.NativeEndian.Uint32(m.data[4:]))
-			if index == w.k.underlay.Load() {
+			if l := w.links[index]; index == w.k.underlay.Load() || l.link.isTunnel() {
 				return []store.VNI{store.HostVNI}
 			}
 			return w.of(index)

@@ -270,7 +270,7 @@ func (m *Memory) refuse(o dataplane.Object) error {
 			return fmt.Errorf("link %s is no port of a bridge", o.Link)
 		}
 	case dataplane.Dest:
-		if _, there := m.port(o.Link); o.Link != "" && !there {
+		if _, there := m.port(o.Link); o.Link != "" && !there && !m.tunnel(o.Link) {
 			return fmt.Errorf("link %s: no such link", o.Link)
 		}
 	case dataplane.Chain:

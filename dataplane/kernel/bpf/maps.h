@@ -49,7 +49,7 @@ struct dest_key {
 
 struct dest {
 	__u32 vni;
-	__u32 link; /* host's side of a local endpoint's link, or 0 */
+	__u32 link; /* host's side of a local endpoint's link, a WireGuard device, or 0 */
 	__u32 peer; /* else the IPv4 underlay address of its host */
 	__u8 mac[6];
 	__u16 flags;
@@ -57,6 +57,7 @@ struct dest {
 #define DEST_STACK 1  /* the host's stack must see its packets: something is translated */
 #define DEST_VIPS 4   /* of an endpoint of this host: answers may have to be translated */
 #define DEST_DIRECT 2 /* routed: the peer is on the underlay's link */
+#define DEST_TUNNEL 8 /* routed: link is the WireGuard device that leads to its host */
 
 /* service is a virtual address (key) and the tasks behind it. */
 #define MAX_SERVICES 4096

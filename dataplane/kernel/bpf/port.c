@@ -1,8 +1,8 @@
 //go:build ignore
 
 /* The port program. from_container runs on the host's side of every endpoint's link,
- * from_underlay on the link that leads to the other hosts; both as tc filters on
- * ingress. What they do not know, or what is not plain, they leave to the bridge, the
+ * from_underlay on the link that leads to the other hosts, from_tunnel on the WireGuard
+ * devices; all as tc filters on ingress. What they do not know, or what is not plain, they leave to the bridge, the
  * routes and the rules, which are complete without them. */
 #include "guard.h"
 #include "vip.h"
@@ -70,7 +70,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, const struct setti
 }
 
 /* age takes one from the packet's time to live, as each router does. Zero: nothing is
- * left, or the headers are not plain. */
+ * left, or the headers cannot be read. */
 static __always_inline int age(struct __sk_buff *skb, __be16 type)
 {
 	if (type == ETH_IP4) {
@@ -117,12 +117,12 @@ static __always_inline int route_to(struct __sk_buff *skb, __be16 type, const st
 	return hand_over(skb, type, d->vni, d);
 }
 
-/* plain reports whether the packet behind the Ethernet header is IP in one piece without
- * options, and where it goes. */
-static __always_inline int plain(struct __sk_buff *skb, __be16 type, struct addr *src, struct addr *dst)
+/* plain reports whether the packet, after so many bytes in front, is IP in one piece
+ * without options, and where it goes. */
+static __always_inline int plain(struct __sk_buff *skb, __u32 front, __be16 type, struct addr *src, struct addr *dst)
 {
 	if (type == ETH_IP4) {
-		struct ip4 *ip = at(skb, sizeof(struct eth));
+		struct ip4 *ip = at(skb, front);
 
 		if (!holds(skb, ip, sizeof(*ip)) || ip->version_ihl != 0x45 || (ip->frag & IP4_PART))
 			return 0;
@@ -131,7 +131,7 @@ static __always_inline int plain(struct __sk_buff *skb, __be16 type, struct addr
 		return 1;
 	}
 	if (type == ETH_IP6) {
-		struct ip6 *ip = at(skb, sizeof(struct eth));
+		struct ip6 *ip = at(skb, front);
 
 		if (!holds(skb, ip, sizeof(*ip)))
 			return 0;
@@ -142,6 +142,17 @@ static __always_inline int plain(struct __sk_buff *skb, __be16 type, struct addr
 		return 1;
 	}
 	return 0;
+}
+
+/* into_tunnel gives a packet to the WireGuard device, which takes it without an Ethernet
+ * header. If the device is gone, so is the packet. */
+static __always_inline int into_tunnel(struct __sk_buff *skb, __be16 type, const struct dest *d)
+{
+	__u32 link = d->link, mtu = 0;
+
+	if (bpf_check_mtu(skb, link, &mtu, -(__s32)sizeof(struct eth), 0) || !age(skb, type))
+		return TC_ACT_UNSPEC;
+	return bpf_redirect(link, 0);
 }
 
 static __always_inline struct dest *dest_of(__u32 vni, const struct addr *a)
@@ -178,15 +189,17 @@ static __always_inline int forward(struct __sk_buff *skb, const struct settings 
 			return TC_ACT_UNSPEC;
 		if (d->link)
 			return hand_over(skb, type, p->vni, d);
-		if (!d->peer || !s->self || !plain(skb, type, &src, &dst))
+		if (!d->peer || !s->self || !plain(skb, sizeof(struct eth), type, &src, &dst))
 			return TC_ACT_UNSPEC;
 		return encapsulate(skb, s, p, d);
 	}
-	if (!plain(skb, type, &src, &dst))
+	if (!plain(skb, sizeof(struct eth), type, &src, &dst))
 		return TC_ACT_UNSPEC;
 	d = dest_of(0, &dst);
 	if (!d || d->vni != p->vni || (d->flags & DEST_STACK))
 		return TC_ACT_UNSPEC;
+	if (d->flags & DEST_TUNNEL)
+		return into_tunnel(skb, type, d);
 	if (d->link)
 		return route_to(skb, type, d);
 	if ((d->flags & DEST_DIRECT) && type == ETH_IP4) {
@@ -264,15 +277,41 @@ static __always_inline int arrive(struct __sk_buff *skb, __be16 type)
 	struct addr src, dst;
 	struct dest *to, *from;
 
-	if (!plain(skb, type, &src, &dst))
+	if (!plain(skb, sizeof(struct eth), type, &src, &dst))
 		return TC_ACT_UNSPEC;
 	to = dest_of(0, &dst);
-	if (!to || !to->link || (to->flags & DEST_STACK))
+	if (!to || !to->link || (to->flags & (DEST_STACK | DEST_TUNNEL)))
 		return TC_ACT_UNSPEC;
 	from = dest_of(0, &src);
 	if (!from || from->vni != to->vni || !(from->flags & DEST_DIRECT))
 		return TC_ACT_UNSPEC;
 	return route_to(skb, type, to);
+}
+
+/* weft_from_tunnel takes what a WireGuard device decrypted, which has no Ethernet header,
+ * to the endpoint. The device let the peer send from no address but its own. */
+SEC("tc")
+int weft_from_tunnel(struct __sk_buff *skb)
+{
+	struct eth eth = { .type = skb->protocol };
+	struct addr src, dst;
+	struct dest *to, *from;
+
+	if (!holds(skb, at(skb, 0), sizeof(struct ip6)))
+		pull(skb, sizeof(struct ip6));
+	if (!plain(skb, 0, eth.type, &src, &dst))
+		return TC_ACT_UNSPEC;
+	to = dest_of(0, &dst);
+	if (!to || !to->link || (to->flags & (DEST_STACK | DEST_TUNNEL)))
+		return TC_ACT_UNSPEC;
+	from = dest_of(0, &src);
+	if (!from || from->vni != to->vni || !(from->flags & DEST_TUNNEL))
+		return TC_ACT_UNSPEC;
+	if (bpf_skb_change_head(skb, sizeof(eth), 0))
+		return TC_ACT_UNSPEC;
+	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0))
+		return TC_ACT_SHOT;
+	return route_to(skb, eth.type, to);
 }
 
 SEC("tc")

@@ -129,6 +129,7 @@ const (
 	ProgramMapWeftSettings       = "weft_settings"
 	ProgramMapWeftTotals         = "weft_totals"
 	ProgramProgWeftFromContainer = "weft_from_container"
+	ProgramProgWeftFromTunnel    = "weft_from_tunnel"
 	ProgramProgWeftFromUnderlay  = "weft_from_underlay"
 	ProgramProgWeftToContainer   = "weft_to_container"
 )
@@ -176,6 +177,7 @@ type ProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type ProgramProgramSpecs struct {
 	WeftFromContainer *ebpf.ProgramSpec `ebpf:"weft_from_container"`
+	WeftFromTunnel    *ebpf.ProgramSpec `ebpf:"weft_from_tunnel"`
 	WeftFromUnderlay  *ebpf.ProgramSpec `ebpf:"weft_from_underlay"`
 	WeftToContainer   *ebpf.ProgramSpec `ebpf:"weft_to_container"`
 }
@@ -260,6 +262,7 @@ type ProgramVariables struct {
 // It can be passed to LoadProgramObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ProgramPrograms struct {
 	WeftFromContainer *ebpf.Program `ebpf:"weft_from_container"`
+	WeftFromTunnel    *ebpf.Program `ebpf:"weft_from_tunnel"`
 	WeftFromUnderlay  *ebpf.Program `ebpf:"weft_from_underlay"`
 	WeftToContainer   *ebpf.Program `ebpf:"weft_to_container"`
 }
@@ -267,6 +270,7 @@ type ProgramPrograms struct {
 func (p *ProgramPrograms) Close() error {
 	return _ProgramClose(
 		p.WeftFromContainer,
+		p.WeftFromTunnel,
 		p.WeftFromUnderlay,
 		p.WeftToContainer,
 	)
