@@ -66,6 +66,7 @@ func change(name string, more ...*nl.RtAttr) *nl.NetlinkRequest {
 }
 
 func aliasAttr(s string) *nl.RtAttr    { return nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(s)) }
+func queueAttr(n int) *nl.RtAttr       { return nl.NewRtAttr(unix.IFLA_TXQLEN, nl.Uint32Attr(uint32(n))) }
 func mtuAttr(n int) *nl.RtAttr         { return nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(n))) }
 func masterAttr(i int32) *nl.RtAttr    { return nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(i))) }
 func macAttr(m store.MAC) *nl.RtAttr   { return nl.NewRtAttr(unix.IFLA_ADDRESS, m[:]) }
