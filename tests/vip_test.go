@@ -44,6 +44,7 @@ func TestVIP(t *testing.T) {
 				{"from everywhere", v.fromEverywhere, false},
 				{"its own tasks", v.ownTasks, false},
 				{"other protocols", v.otherProtocols, false},
+				{"other modes", v.modes, false},
 				{"plugin killed", v.pluginKilled, false},
 				{"updates and kills", v.updatesAndKills, false},
 				{"killed in mid-change", v.killedInMidChange, false},
