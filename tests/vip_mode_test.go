@@ -1,16 +1,20 @@
 package tests
 
-import "testing"
+import (
+	"fmt"
+	"testing"
+)
 
 // modes asks services on networks of the other modes: their packets go into no bridge.
 func (v *vips) modes(t *testing.T) {
 	for i, mode := range []string{"mode=routed", "encrypted"} {
 		s := &vips{swarm: v.swarm}
-		s.network(t, "other", 61+i, "-o", mode)
-		s.service(t, "there", 3, "--network", "other", "--endpoint-mode", "vip")
+		network := fmt.Sprint("other", i) // Docker removes the one before when it comes to it
+		s.network(t, network, 61+i, "-o", mode)
+		s.service(t, "there", 3, "--network", network, "--endpoint-mode", "vip")
 		s.address = s.virtual(t, "there")
 		for _, h := range s.lab.Hosts {
-			c := run(t, h, "asks", "--network", "other")
+			c := run(t, h, "asks", "--network", network)
 			s.clients = append(s.clients, c)
 			s.balanced(t, c, 3)
 			reach(t, c, s.address.String())
@@ -20,6 +24,6 @@ func (v *vips) modes(t *testing.T) {
 			docker(t, c.Host, "rm", "-f", "asks")
 		}
 		s.removeServices(t, "there")
-		s.removeNetworks(t, "other")
+		s.removeNetworks(t, network)
 	}
 }
