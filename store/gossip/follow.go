@@ -310,7 +310,7 @@ func (c *Cluster) mergeList(ctx context.Context, id store.HostID, a answer, befo
 				}
 			}
 			// What it revoked first: MergeNetworks notes which list this was.
-			return errors.Join(tx.MergeRevocations(id, a.Revoked), tx.PutServices(id, false, a.Services), tx.MergeNetworks(id, a.Epoch, a.Seq, nets), tx.AdoptRevocations())
+			return errors.Join(tx.MergeRevocations(id, a.Revoked), tx.PutServices(id, false, a.Services), tx.MergeNetworks(id, a.Epoch, a.Seq, nets), tx.AdoptRevocationsOf(id))
 		})
 		if err != nil {
 			return err
