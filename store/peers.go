@@ -158,15 +158,20 @@ func (tx *Tx) MergeEndpoints(owner HostID, since uint64, d Delta) (fits bool, er
 		for _, e := range d.Endpoints {
 			keep[e.ID] = true
 		}
-		held, err := tx.recordsOf(owner)
+		prefix := remoteKey(d.VNI, owner, "")
+		var gone [][]byte // deleting while a cursor walks skips entries
+		err := scan(tx, bucketRemote, prefix, func(k, _ []byte) error {
+			if !keep[EndpointID(k[len(prefix):])] {
+				gone = append(gone, bytes.Clone(k))
+			}
+			return nil
+		})
 		if err != nil {
 			return false, err
 		}
-		for _, e := range held.remote[d.VNI] {
-			if !keep[e.ID] {
-				if err := tx.tx.Bucket(bucketRemote).Delete(remoteKey(d.VNI, owner, e.ID)); err != nil {
-					return false, err
-				}
+		for _, k := range gone {
+			if err := tx.tx.Bucket(bucketRemote).Delete(k); err != nil {
+				return false, err
 			}
 		}
 	}
