@@ -73,14 +73,17 @@ func (tx *Tx) PeerNetworks(id HostID) ([]PeerNetwork, error) {
 
 // PeerNetwork returns one network of a peer, or ErrNotFound.
 func (tx *Tx) PeerNetwork(id HostID, v VNI) (PeerNetwork, error) {
-	what := fmt.Sprintf("network %d of peer %s", v, id)
 	if r, ok := tx.remembered(id); ok {
 		if n, ok := r.network(v); ok {
 			return n, nil
 		}
-		return PeerNetwork{}, fmt.Errorf("%s: %w", what, ErrNotFound)
+		return PeerNetwork{}, fmt.Errorf("network %d of peer %s: %w", v, id, ErrNotFound)
 	}
-	return get[PeerNetwork](tx, bucketPeerNets, peerNetKey(id, v), what)
+	n, err := get[PeerNetwork](tx, bucketPeerNets, peerNetKey(id, v), "network of peer "+string(id))
+	if err != nil {
+		return n, fmt.Errorf("vni %d: %w", v, err)
+	}
+	return n, nil
 }
 
 // MergeNetworks takes over a peer's list of networks, as the peer itself told it,
