@@ -23,6 +23,7 @@ import (
 const (
 	simShort = "25"
 	simLong  = "25,100,250"
+	simMany  = 500 // hosts, from which on changes are made at a pace for half as long
 )
 
 const simSeed = 1
@@ -142,7 +143,9 @@ func (s *sim) scenarios(f *figures, long bool) {
 	s.singles(f, "one change, small network,", smallVNI)
 	busy := 2 * time.Second
 	if long {
-		busy = 10 * time.Second
+		if busy = 10 * time.Second; len(s.hosts) >= simMany {
+			busy /= 2
+		}
 		s.net.set(0.01, nil)
 		s.singles(f, "one change, wide, 1% loss,", wideVNI)
 		s.net.set(0, nil)
