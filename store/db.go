@@ -288,7 +288,8 @@ type Tx struct {
 	touched map[VNI]bool    // networks that look different now; nil in a read-only transaction
 	owners  map[HostID]bool // peers whose networks or endpoints were written
 
-	peersWritten bool // some peer itself
+	peersWritten    bool // some peer itself
+	networksWritten bool // some network of this host
 }
 
 func (tx *Tx) touch(v VNI) { tx.touched[v] = true }

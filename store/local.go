@@ -29,15 +29,13 @@ func (tx *Tx) NetworkByVNI(v VNI) (Network, error) {
 	return Network{}, fmt.Errorf("network with vni %d: %w", v, ErrNotFound)
 }
 
-// Networks returns this host's networks, sorted by id.
-func (tx *Tx) Networks() ([]Network, error) { return list[Network](tx, bucketNetworks, nil) }
-
 // PutNetwork writes a network. Its VNI must not change while it exists.
 func (tx *Tx) PutNetwork(n Network) error {
 	if _, err := tx.bump(HostVNI); err != nil {
 		return err
 	}
 	tx.touch(n.VNI) // which peers agree with it may change
+	tx.networksWritten = true
 	if err := put(tx, bucketNetworks, []byte(n.ID), n); err != nil || !n.Encrypted {
 		return err
 	}
@@ -66,6 +64,7 @@ func (tx *Tx) DeleteNetwork(id NetworkID) error {
 		return err
 	}
 	tx.touch(n.VNI)
+	tx.networksWritten = true
 	return tx.tx.Bucket(bucketNetworks).Delete([]byte(id))
 }
 

@@ -15,6 +15,8 @@ type peerCache struct {
 	changed map[HostID]int // by the transaction with this number, or it tried to
 	list    []Peer         // all peers, nil: not read yet
 	listed  int            // as changed, of any peer itself
+	own     []Network      // as list and listed, of this host's networks
+	ownAt   int
 }
 
 // peerRecords is what one peer has. Readers share it: nobody changes it.
@@ -104,6 +106,28 @@ func (tx *Tx) Peers() ([]Peer, error) {
 	return all, nil
 }
 
+// Networks returns this host's networks, sorted by id: each question of a peer and each
+// answer begins with them. Readers share the list: do not change it.
+func (tx *Tx) Networks() ([]Network, error) {
+	c := tx.peers
+	c.mu.Lock()
+	all, current := c.own, tx.tx.ID() >= c.ownAt && !tx.networksWritten
+	c.mu.Unlock()
+	if all != nil && current {
+		return all, nil
+	}
+	all, err := list[Network](tx, bucketNetworks, nil)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if tx.tx.ID() >= c.ownAt && !tx.networksWritten {
+		c.own = all
+	}
+	return all, nil
+}
+
 // readAll is list for records that are remembered by peer.
 func readAll[T any](tx *Tx, bucket, prefix []byte) ([]T, error) {
 	return collect(tx, bucket, prefix, func(_, raw []byte) (v T, err error) {
@@ -112,7 +136,7 @@ func readAll[T any](tx *Tx, bucket, prefix []byte) ([]T, error) {
 	})
 }
 
-// drop forgets what peers had before the transaction commits.
+// drop forgets what was changed before the transaction commits.
 func (c *peerCache) drop(tx *Tx) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -122,5 +146,8 @@ func (c *peerCache) drop(tx *Tx) {
 	}
 	if tx.peersWritten {
 		c.list, c.listed = nil, tx.tx.ID()
+	}
+	if tx.networksWritten {
+		c.own, c.ownAt = nil, tx.tx.ID()
 	}
 }

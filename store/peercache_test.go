@@ -34,10 +34,7 @@ func TestPeersRecordsAreThoseOfTheTransaction(t *testing.T) {
 			}
 		}
 	}
-	// A file that has to grow waits for its readers; so it grows first.
-	growth := store.Network{ID: "growth", Options: map[string]string{"text": strings.Repeat("x", 1<<20)}}
-	update(t, db, func(tx *store.Tx) error { return tx.PutNetwork(growth) })
-	update(t, db, func(tx *store.Tx) error { return tx.DeleteNetwork(growth.ID) })
+	grow(t, db)
 	update(t, db, func(tx *store.Tx) error {
 		if err := tx.PutPeer(store.Peer{Host: store.Host{ID: owner, Epoch: 1}}); err != nil {
 			return err
@@ -85,4 +82,57 @@ func TestPeersRecordsAreThoseOfTheTransaction(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// grow makes room in the file: one that has to grow waits for its readers.
+func grow(t *testing.T, db *store.DB) {
+	t.Helper()
+	growth := store.Network{ID: "growth", Options: map[string]string{"text": strings.Repeat("x", 1<<20)}}
+	update(t, db, func(tx *store.Tx) error { return tx.PutNetwork(growth) })
+	update(t, db, func(tx *store.Tx) error { return tx.DeleteNetwork(growth.ID) })
+}
+
+// TestNetworksAreThoseOfTheTransaction: the same of this host's own networks.
+func TestNetworksAreThoseOfTheTransaction(t *testing.T) {
+	db := openDB(t, filepath.Join(t.TempDir(), "weft.db"))
+	has := func(tx *store.Tx, when string, want int) error {
+		t.Helper()
+		all, err := tx.Networks()
+		if len(all) != want {
+			t.Errorf("%s: this host has %d networks, want %d", when, len(all), want)
+		}
+		return err
+	}
+	puts := func(when string, want int, v store.VNI) func(tx *store.Tx) error {
+		return func(tx *store.Tx) error {
+			n := testNetwork(v)
+			return errors.Join(has(tx, when+", before it writes", want-1), tx.PutNetwork(n), has(tx, when, want))
+		}
+	}
+	grow(t, db)
+	update(t, db, puts("the first transaction", 1, 5000))
+	began, changed := make(chan struct{}), make(chan struct{})
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		view(t, db, func(tx *store.Tx) error {
+			close(began)
+			<-changed
+			return has(tx, "reader that does not see the change", 1)
+		})
+	})
+	<-began
+	failure := errors.New("not today")
+	err := db.Update(context.Background(), func(tx *store.Tx) error {
+		return errors.Join(puts("the transaction that fails", 2, 5001)(tx), failure)
+	})
+	if !errors.Is(err, failure) {
+		t.Fatal(err)
+	}
+	view(t, db, func(tx *store.Tx) error { return has(tx, "after the transaction that failed", 1) })
+	update(t, db, puts("the second transaction", 2, 5001))
+	close(changed)
+	wait.Wait()
+	view(t, db, func(tx *store.Tx) error { return has(tx, "new reader", 2) })
+	update(t, db, func(tx *store.Tx) error { return tx.DeleteNetwork(testNetwork(5000).ID) })
+	view(t, db, func(tx *store.Tx) error { return has(tx, "after one was removed", 1) })
 }

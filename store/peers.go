@@ -73,14 +73,17 @@ func (tx *Tx) PeerNetworks(id HostID) ([]PeerNetwork, error) {
 
 // PeerNetwork returns one network of a peer, or ErrNotFound.
 func (tx *Tx) PeerNetwork(id HostID, v VNI) (PeerNetwork, error) {
-	what := fmt.Sprintf("network %d of peer %s", v, id)
 	if r, ok := tx.remembered(id); ok {
 		if n, ok := r.network(v); ok {
 			return n, nil
 		}
-		return PeerNetwork{}, fmt.Errorf("%s: %w", what, ErrNotFound)
+		return PeerNetwork{}, fmt.Errorf("network %d of peer %s: %w", v, id, ErrNotFound)
 	}
-	return get[PeerNetwork](tx, bucketPeerNets, peerNetKey(id, v), what)
+	n, err := get[PeerNetwork](tx, bucketPeerNets, peerNetKey(id, v), "network of peer "+string(id))
+	if err != nil {
+		return n, fmt.Errorf("vni %d: %w", v, err)
+	}
+	return n, nil
 }
 
 // MergeNetworks takes over a peer's list of networks, as the peer itself told it,
@@ -158,15 +161,20 @@ func (tx *Tx) MergeEndpoints(owner HostID, since uint64, d Delta) (fits bool, er
 		for _, e := range d.Endpoints {
 			keep[e.ID] = true
 		}
-		held, err := tx.recordsOf(owner)
+		prefix := remoteKey(d.VNI, owner, "")
+		var gone [][]byte // deleting while a cursor walks skips entries
+		err := scan(tx, bucketRemote, prefix, func(k, _ []byte) error {
+			if !keep[EndpointID(k[len(prefix):])] {
+				gone = append(gone, bytes.Clone(k))
+			}
+			return nil
+		})
 		if err != nil {
 			return false, err
 		}
-		for _, e := range held.remote[d.VNI] {
-			if !keep[e.ID] {
-				if err := tx.tx.Bucket(bucketRemote).Delete(remoteKey(d.VNI, owner, e.ID)); err != nil {
-					return false, err
-				}
+		for _, k := range gone {
+			if err := tx.tx.Bucket(bucketRemote).Delete(k); err != nil {
+				return false, err
 			}
 		}
 	}

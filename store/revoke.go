@@ -60,8 +60,8 @@ func (tx *Tx) Revoke(id HostID, out bool) error {
 	return tx.takeRevocations([]Revocation{r})
 }
 
-// takeRevocations raises what counts on this host. All networks are touched if that
-// changes anything.
+// takeRevocations raises what counts on this host. If that changes anything, all networks
+// are touched, and what was told by a host that was taken back counts.
 func (tx *Tx) takeRevocations(more []Revocation) error {
 	all, err := tx.Revocations()
 	if err != nil {
@@ -95,7 +95,10 @@ func (tx *Tx) takeRevocations(more []Revocation) error {
 	if err != nil {
 		return err
 	}
-	return tx.tx.Bucket(bucketMeta).Put(keyRevoked, raw)
+	if err := tx.tx.Bucket(bucketMeta).Put(keyRevoked, raw); err != nil {
+		return err
+	}
+	return tx.AdoptRevocations() // ends, for each number only rises
 }
 
 // MergeRevocations takes over what a peer has told. It counts once the peer runs an
@@ -114,6 +117,17 @@ func (tx *Tx) MergeRevocations(owner HostID, all []Revocation) error {
 		}
 	}
 	return nil
+}
+
+// AdoptRevocationsOf takes over what counts of what one peer has told. With the list of a
+// peer that told nothing, as nearly all do, it looks at no other: that would be each list
+// of each peer times all peers when a host begins from nothing.
+func (tx *Tx) AdoptRevocationsOf(id HostID) error {
+	p, err := tx.Peer(id)
+	if err != nil || len(p.Revoked) == 0 {
+		return err
+	}
+	return tx.AdoptRevocations()
 }
 
 // AdoptRevocations takes over what counts of what peers have told.

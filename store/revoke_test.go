@@ -35,7 +35,7 @@ func TestRevocation(t *testing.T) {
 			if err := tx.MergeRevocations("b", []store.Revocation{{Host: "c", N: n}}); err != nil {
 				return err
 			}
-			return tx.AdoptRevocations()
+			return tx.AdoptRevocationsOf("b")
 		})
 	}
 	told(1)
@@ -67,5 +67,35 @@ func TestRevocation(t *testing.T) {
 	told(3)
 	if !revoked() {
 		t.Error("a newer word does not count")
+	}
+}
+
+// TestRevocationTakenBack: the word of a host that is revoked does not count, and does once
+// that is taken back.
+func TestRevocationTakenBack(t *testing.T) {
+	db := openDB(t, filepath.Join(t.TempDir(), "weft.db"))
+	crypt := store.Network{ID: "n", VNI: 7, Mode: store.ModeVXLAN, Encrypted: true, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("10.1.0.0/24")}}}
+	out := false
+	for _, fn := range []func(tx *store.Tx) error{
+		func(tx *store.Tx) error { return tx.PutNetwork(crypt) },
+		func(tx *store.Tx) error { return tx.PutPeer(store.Peer{Host: store.Host{ID: "b", Epoch: 1}}) },
+		func(tx *store.Tx) error { return tx.MergeNetworks("b", 1, 1, []store.SharedNetwork{crypt.Shared()}) },
+		func(tx *store.Tx) error { return tx.Revoke("b", true) },
+		func(tx *store.Tx) error { return tx.MergeRevocations("b", []store.Revocation{{Host: "c", N: 1}}) },
+		func(tx *store.Tx) error { return tx.AdoptRevocationsOf("b") },
+		func(tx *store.Tx) (err error) { out, err = tx.Revoked("c"); return err },
+	} {
+		if err := db.Update(t.Context(), fn); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out {
+		t.Error("a revoked host has a say")
+	}
+	if err := db.Update(t.Context(), func(tx *store.Tx) error { return tx.Revoke("b", false) }); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.View(func(tx *store.Tx) (err error) { out, err = tx.Revoked("c"); return err }); err != nil || !out {
+		t.Errorf("the host was taken back, and has no say (%v)", err)
 	}
 }

@@ -162,7 +162,7 @@ func (c *Cluster) follow(ctx context.Context, id store.HostID) {
 	compare, idle := time.NewTimer(jitter(hearTime)), time.NewTimer(idleStream)
 	defer compare.Stop()
 	defer idle.Stop()
-	failed, first, spread := 0, true, false
+	failed, first, spread, anew := 0, true, false, true
 	for {
 		whole, timed := false, false
 		select {
@@ -189,6 +189,7 @@ func (c *Cluster) follow(ctx context.Context, id store.HostID) {
 		case <-ctx.Done():
 			return
 		}
+		open := s != nil
 		err := c.fetch(ctx, id, &s, whole)
 		<-c.fetches
 		if ctx.Err() != nil {
@@ -217,6 +218,12 @@ func (c *Cluster) follow(ctx context.Context, id store.HostID) {
 			first = false
 		}
 		failed = 0
+		if s != nil && !open && (timed || anew) {
+			// A stream is kept for the next digest of a peer that changes. At the start
+			// and after a partition all peers are asked, and all streams would be kept.
+			hangUp()
+			anew = false
+		}
 	}
 }
 
@@ -310,7 +317,7 @@ func (c *Cluster) mergeList(ctx context.Context, id store.HostID, a answer, befo
 				}
 			}
 			// What it revoked first: MergeNetworks notes which list this was.
-			return errors.Join(tx.MergeRevocations(id, a.Revoked), tx.PutServices(id, false, a.Services), tx.MergeNetworks(id, a.Epoch, a.Seq, nets), tx.AdoptRevocations())
+			return errors.Join(tx.MergeRevocations(id, a.Revoked), tx.PutServices(id, false, a.Services), tx.MergeNetworks(id, a.Epoch, a.Seq, nets), tx.AdoptRevocationsOf(id))
 		})
 		if err != nil {
 			return err

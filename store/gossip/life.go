@@ -48,9 +48,9 @@ func (c *Cluster) life(ctx context.Context) error {
 	// Changes of membership come by themselves; what time alone brings is in no hurry.
 	tick := time.NewTicker(min(5*time.Second, max(c.cfg.HideAfter/4, time.Millisecond)))
 	defer tick.Stop()
-	failing := false
+	failing, all := false, true
 	for {
-		alive, err := c.savePeers(ctx)
+		alive, err := c.savePeers(ctx, all)
 		switch {
 		case err != nil && ctx.Err() == nil && !failing:
 			failing = true
@@ -59,62 +59,50 @@ func (c *Cluster) life(ctx context.Context) error {
 			failing = false
 			c.log.Info("peers are saved again")
 		}
-		if err == nil {
-			for id, stop := range followers {
-				if !alive[id] {
-					stop()
-					delete(followers, id)
-				}
-			}
-			for id := range alive {
-				if followers[id] == nil {
-					fctx, stop := context.WithCancel(ctx)
-					followers[id] = stop
-					following.Go(func() { c.follow(fctx, id) })
-				}
+		for id, lives := range alive {
+			switch stop := followers[id]; {
+			case lives && stop == nil:
+				fctx, stop := context.WithCancel(ctx)
+				followers[id] = stop
+				following.Go(func() { c.follow(fctx, id) })
+			case !lives && stop != nil:
+				stop()
+				delete(followers, id)
 			}
 		}
+		all = err != nil // what changed is in none of the next news
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+			all = true
 		case <-c.table.changed:
 		}
 	}
 }
 
-// savePeers writes what changed and returns the peers that are alive and saved.
-func (c *Cluster) savePeers(ctx context.Context) (map[store.HostID]bool, error) {
+// savePeers writes what changed, of all peers or of those alone of which there is news,
+// and returns which of those are alive and saved. While a cluster starts there is news of
+// each host, and a look at all of them each time would be their number squared.
+func (c *Cluster) savePeers(ctx context.Context, all bool) (map[store.HostID]bool, error) {
 	now := c.table.now()
 	alive := map[store.HostID]bool{}
 	var write []store.Peer
 	var drop []store.Peer
-	was := map[store.HostID]store.Peer{}
-	sights := c.table.sights()
-	err := c.db.View(func(tx *store.Tx) error {
-		peers, err := tx.Peers()
-		if err != nil {
-			return err
-		}
-		for _, p := range peers {
-			was[p.ID] = p
-			if _, ok := sights[p.ID]; !ok { // written by somebody else than us
-				c.table.remember(p.ID)
-			}
-		}
-		return nil
-	})
+	sights := c.table.news()
+	if all {
+		sights = c.table.sights()
+	}
+	was, err := c.savedPeers(sights, all)
 	if err != nil {
 		return nil, err
 	}
 	for id, s := range sights {
 		p, known := was[id]
+		alive[id] = s.alive
 		if !known && !s.alive {
 			c.table.forgetAfter(id, c.cfg.ForgetAfter)
 			continue
-		}
-		if s.alive {
-			alive[id] = true
 		}
 		next, gone := judge(now, s, p, known, c.cfg.HideAfter, c.cfg.ForgetAfter)
 		if gone {
@@ -160,6 +148,33 @@ func (c *Cluster) savePeers(ctx context.Context) (map[store.HostID]bool, error) 
 		c.logChange(was[p.ID], p)
 	}
 	return alive, nil
+}
+
+// savedPeers returns what the database says of the hosts, or of all.
+func (c *Cluster) savedPeers(hosts map[store.HostID]sight, all bool) (map[store.HostID]store.Peer, error) {
+	out := map[store.HostID]store.Peer{}
+	err := c.db.View(func(tx *store.Tx) error {
+		if all {
+			peers, err := tx.Peers()
+			for _, p := range peers {
+				out[p.ID] = p
+				if _, ok := hosts[p.ID]; !ok { // written by somebody else than us
+					c.table.remember(p.ID)
+				}
+			}
+			return err
+		}
+		for id := range hosts {
+			switch p, err := tx.Peer(id); {
+			case err == nil:
+				out[id] = p
+			case !errors.Is(err, store.ErrNotFound):
+				return err
+			}
+		}
+		return nil
+	})
+	return out, err
 }
 
 func (c *Cluster) logChange(was, is store.Peer) {

@@ -27,6 +27,10 @@ const (
 	busyStreams     = 256
 	maxPerHost      = 4
 	acceptRetryTime = 100 * time.Millisecond
+	// A host that joins learns of all members at once, and they of it a moment later, by
+	// gossip. Refused, it would come again, at the price of a handshake each time.
+	newsTime  = time.Second
+	newsEvery = 50 * time.Millisecond
 )
 
 // server answers peers' questions about this host's records.
@@ -89,7 +93,7 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 		open.Go(func() {
 			defer conn.Close()
 			defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-			s.stream(conn, addr)
+			s.stream(ctx, conn, addr)
 		})
 	}
 }
@@ -143,10 +147,10 @@ func (s *server) endStream(id store.HostID) {
 
 // stream serves one connection. Its failures are the other side's to report; here
 // they are counted.
-func (s *server) stream(raw net.Conn, addr netip.Addr) {
+func (s *server) stream(ctx context.Context, raw net.Conn, addr netip.Addr) {
 	conn := tls.Server(raw, s.conf)
 	_ = conn.SetDeadline(time.Now().Add(handshakeTime))
-	id, err := s.handshake(conn)
+	id, err := s.handshake(ctx, conn)
 	s.endHandshake(addr)
 	if err != nil {
 		s.c.drops.count("stream-refused")
@@ -181,7 +185,7 @@ func (s *server) busy() bool {
 
 // handshake ends when the other side is known to be a member that holds the
 // cluster key, or tells it why not.
-func (s *server) handshake(conn *tls.Conn) (store.HostID, error) {
+func (s *server) handshake(ctx context.Context, conn *tls.Conn) (store.HostID, error) {
 	if err := conn.Handshake(); err != nil {
 		return "", err
 	}
@@ -195,7 +199,7 @@ func (s *server) handshake(conn *tls.Conn) (store.HostID, error) {
 		return id, err
 	}
 	err = s.c.keys.checkProof(state, "client", h.Proof)
-	if err == nil && !s.c.knows(id) {
+	if err == nil && !s.c.hearsOf(ctx, id) {
 		err = errors.New("host " + string(id) + " is not a member of the cluster here")
 	}
 	if err != nil {
@@ -213,6 +217,21 @@ func (s *server) handshake(conn *tls.Conn) (store.HostID, error) {
 func (c *Cluster) knows(id store.HostID) bool {
 	_, ok := c.table.sight(id)
 	return ok || id == c.id
+}
+
+// hearsOf waits for a host that is not known to become so.
+func (c *Cluster) hearsOf(ctx context.Context, id store.HostID) bool {
+	for end := time.Now().Add(newsTime); !c.knows(id); {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(newsEvery):
+		}
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
 }
 
 // answer reads the records in one transaction and sends them in chunks.

@@ -307,9 +307,9 @@ func (s *sim) change(h *simHost, v store.VNI) *awaited {
 	return a
 }
 
-// wrong counts endpoints that a host lacks or has too many, on all hosts.
-func (s *sim) wrong() (n int) {
-	for _, h := range s.living() {
+// wrong counts endpoints that hosts lack or have too many.
+func (s *sim) wrong(hosts ...*simHost) (n int) {
+	for _, h := range hosts {
 		for _, v := range h.nets {
 			has := h.p.endpoints(v)
 			for _, o := range s.others(v, h.i) {

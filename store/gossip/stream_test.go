@@ -63,7 +63,10 @@ func TestStreamRefuses(t *testing.T) {
 	if err := dial(stranger, a.id.ID); err == nil || !strings.Contains(err.Error(), "not a member") {
 		t.Errorf("host that is no member: %v", err)
 	}
-	known(stranger)
+	time.AfterFunc(2*newsEvery, func() { known(stranger) })
+	if err := dial(stranger, a.id.ID); err != nil {
+		t.Errorf("host of which the owner hears only now: %v", err)
+	}
 	if err := dial(stranger, a.id.ID); err != nil {
 		t.Errorf("member: %v", err)
 	}

@@ -20,10 +20,11 @@ type table struct {
 
 	mu    sync.Mutex // guards what follows
 	hosts map[store.HostID]*hostState
-	alive int                // how many of hosts are members; asked for with each packet
-	own   claims             // this host's versions; epoch is that of the database
-	runs  map[store.VNI]bool // networks of this host
-	twins map[string]record  // other members with this host's identity, by member name
+	alive int                   // how many of hosts are members; asked for with each packet
+	own   claims                // this host's versions; epoch is that of the database
+	runs  map[store.VNI]bool    // networks of this host
+	twins map[string]record     // other members with this host's identity, by member name
+	fresh map[store.HostID]bool // whose membership changed since it was last asked for
 }
 
 // hostState is one peer. Its fields belong to table.mu; wake is only sent on.
@@ -45,7 +46,8 @@ type hostState struct {
 
 func newTable(now func() time.Time, epoch uint64) *table {
 	return &table{now: now, changed: make(chan struct{}, 1), hosts: map[store.HostID]*hostState{},
-		own: claims{epoch: epoch, seq: map[store.VNI]uint64{}}, runs: map[store.VNI]bool{}, twins: map[string]record{}}
+		own: claims{epoch: epoch, seq: map[store.VNI]uint64{}}, runs: map[store.VNI]bool{}, twins: map[string]record{},
+		fresh: map[store.HostID]bool{}}
 }
 
 // alive reports whether the host is a member at the address of its newest record.
@@ -113,6 +115,12 @@ func (t *table) joined(r record) {
 		h.claims = claims{epoch: h.rec.Epoch, seq: map[store.VNI]uint64{}}
 	}
 	poke(h.wake)
+	t.changedLocked(r.ID)
+}
+
+// changedLocked notes that the membership of a host changed.
+func (t *table) changedLocked(id store.HostID) {
+	t.fresh[id] = true
 	poke(t.changed)
 }
 
@@ -131,7 +139,7 @@ func (t *table) left(id store.HostID, name string) {
 		t.alive--
 		h.lost, h.dead = t.now(), true
 	}
-	poke(t.changed)
+	t.changedLocked(id)
 }
 
 // reset forgets who is a member, for a new instance of memberlist. Nobody is said
@@ -139,15 +147,15 @@ func (t *table) left(id store.HostID, name string) {
 func (t *table) reset() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, h := range t.hosts {
+	for id, h := range t.hosts {
 		if h.alive() {
 			h.lost = t.now()
 		}
 		clear(h.names)
+		t.changedLocked(id)
 	}
 	t.alive = 0
 	clear(t.twins)
-	poke(t.changed)
 }
 
 // forget drops a peer that is no member.
@@ -289,6 +297,20 @@ func (t *table) sights() map[store.HostID]sight {
 	for id, h := range t.hosts {
 		out[id] = h.sight()
 	}
+	return out
+}
+
+// news returns those of sights whose membership changed since the last call.
+func (t *table) news() map[store.HostID]sight {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	out := make(map[store.HostID]sight, len(t.fresh))
+	for id := range t.fresh {
+		if h := t.hosts[id]; h != nil {
+			out[id] = h.sight()
+		}
+	}
+	clear(t.fresh)
 	return out
 }
 
