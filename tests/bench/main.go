@@ -33,7 +33,7 @@ type options struct {
 	rounds, attaches, mtu int
 	length                time.Duration
 	wire                  bool
-	set, svg              string
+	set, svg, only        string
 }
 
 func main() {
@@ -44,6 +44,7 @@ func main() {
 	flag.IntVar(&o.mtu, "mtu", 1500, "MTU of the hosts' network")
 	flag.BoolVar(&o.wire, "wire", false, "no segmentation offload on the hosts' network: every packet is as large as its MTU")
 	flag.StringVar(&o.set, "set", "", "a further setting of the plugin, for example WEFT_FLOWS=off")
+	flag.StringVar(&o.only, "only", "", "a word of the titles of the tables to measure")
 	flag.StringVar(&o.svg, "svg", "", "file for a picture of the ratios")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -89,6 +90,9 @@ func bench(ctx context.Context, o options) (err error) {
 		paths []path
 	}{{"Same host, ratio to a raw veth pair", same}, {"Across hosts, ratio to the hosts' own network", across},
 		{"Across hosts, encrypted, ratio to a bare device of wireguard-go", encrypted}} {
+		if !strings.Contains(t.title, o.only) {
+			continue
+		}
 		rows, err := table(t.title, t.paths, o.rounds, o.length)
 		if err != nil {
 			return err
