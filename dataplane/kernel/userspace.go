@@ -61,8 +61,9 @@ func (t *steadyTUN) tell() {
 }
 
 // tunQueue is how many packets wait for the device's process while it gets no processor,
-// as on a busy host: 20 ms of what it can encrypt. The kernel's 500 are lost sooner.
-const tunQueue = 4096
+// as on a busy host: as many as the kernel's module lets wait. Of full TCP segments more
+// would be a second of delay.
+const tunQueue = 1024
 
 // startOwn makes the link of a device of this process, or takes the one that a former
 // process left, and starts the device.
