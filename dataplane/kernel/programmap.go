@@ -84,13 +84,7 @@ func swap(port uint16) uint16 {
 }
 
 func portValue(o dataplane.Port) bpf.ProgramPort {
-	v := bpf.ProgramPort{Vni: uint32(o.VNI), Ip4: fromAddr4(o.IPv4), Ip6: fromAddr(o.IPv6), Mac: o.MAC}
-	for _, f := range portFlags(&o) {
-		if *f.on {
-			v.Flags |= f.bit
-		}
-	}
-	return v
+	return bpf.ProgramPort{Vni: uint32(o.VNI), Ip4: fromAddr4(o.IPv4), Ip6: fromAddr(o.IPv6), Mac: o.MAC, Flags: bitsOf(portFlags(&o))}
 }
 
 func portObject(v bpf.ProgramPort) dataplane.Port {
@@ -101,19 +95,36 @@ func portObject(v bpf.ProgramPort) dataplane.Port {
 	if v.Ip6 != (bpf.ProgramAddr{}) {
 		o.IPv6 = netip.AddrFrom16(toBytes(v.Ip6))
 	}
-	for _, f := range portFlags(&o) {
-		*f.on = v.Flags&f.bit != 0
-	}
+	setFlags(portFlags(&o), v.Flags)
 	return o
 }
 
-type portFlag struct {
+type flagBit struct {
 	on  *bool
 	bit uint16
 }
 
-func portFlags(o *dataplane.Port) []portFlag {
-	return []portFlag{{&o.Guard, portGuard}, {&o.Other, portOther}, {&o.Fast, portFast}, {&o.Routed, portRouted}, {&o.Services, portVIPs}}
+func bitsOf(all []flagBit) (bits uint16) {
+	for _, f := range all {
+		if *f.on {
+			bits |= f.bit
+		}
+	}
+	return bits
+}
+
+func setFlags(all []flagBit, bits uint16) {
+	for _, f := range all {
+		*f.on = bits&f.bit != 0
+	}
+}
+
+func destFlags(o *dataplane.Dest) []flagBit {
+	return []flagBit{{&o.Stack, destStack}, {&o.Direct, destDirect}, {&o.Services, destVIPs}, {&o.Tunnel, destTunnel}}
+}
+
+func portFlags(o *dataplane.Port) []flagBit {
+	return []flagBit{{&o.Guard, portGuard}, {&o.Other, portOther}, {&o.Fast, portFast}, {&o.Routed, portRouted}, {&o.Services, portVIPs}}
 }
 
 // destKey is the key of a destination: a MAC of a bridged network by its number, an
@@ -126,26 +137,14 @@ func destKey(o dataplane.Dest) bpf.ProgramDestKey {
 }
 
 func destValue(o dataplane.Dest, link uint32) bpf.ProgramDest {
-	v := bpf.ProgramDest{Vni: uint32(o.VNI), Link: link, Peer: fromAddr4(o.Peer), Mac: o.MAC}
-	if o.Stack {
-		v.Flags |= destStack
-	}
-	if o.Direct {
-		v.Flags |= destDirect
-	}
-	if o.Services {
-		v.Flags |= destVIPs
-	}
-	if o.Tunnel {
-		v.Flags |= destTunnel
-	}
-	return v
+	return bpf.ProgramDest{Vni: uint32(o.VNI), Link: link, Peer: fromAddr4(o.Peer), Mac: o.MAC, Flags: bitsOf(destFlags(&o))}
 }
 
 // destObject returns a destination; that of a link without a name is none that anybody
 // wants.
 func destObject(d dest, names map[int32]string) dataplane.Dest {
-	o := dataplane.Dest{VNI: store.VNI(d.value.Vni), MAC: d.value.Mac, Stack: d.value.Flags&destStack != 0, Direct: d.value.Flags&destDirect != 0, Services: d.value.Flags&destVIPs != 0, Tunnel: d.value.Flags&destTunnel != 0}
+	o := dataplane.Dest{VNI: store.VNI(d.value.Vni), MAC: d.value.Mac}
+	setFlags(destFlags(&o), d.value.Flags)
 	if d.key.Vni == 0 {
 		o.IP = toAddr(d.key.At)
 	}

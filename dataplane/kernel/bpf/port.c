@@ -2,8 +2,8 @@
 
 /* The port program. from_container runs on the host's side of every endpoint's link,
  * from_underlay on the link that leads to the other hosts, from_tunnel on the WireGuard
- * devices; all as tc filters on ingress. What they do not know, or what is not plain, they leave to the bridge, the
- * routes and the rules, which are complete without them. */
+ * devices; all as tc filters on ingress. What they do not know, or what is not plain,
+ * they leave to the bridge, the routes and the rules, which are complete without them. */
 #include "guard.h"
 #include "vip.h"
 #include "flow.h"
@@ -271,21 +271,28 @@ int weft_from_container(struct __sk_buff *skb)
 	return what;
 }
 
-/* arrive takes a packet of a routed network from its peer to the endpoint. */
-static __always_inline int arrive(struct __sk_buff *skb, __be16 type)
+/* arrived returns the endpoint to which a packet of a routed network came, after so many
+ * bytes in front, if its sender is one that comes this way (DEST_DIRECT, DEST_TUNNEL). */
+static __always_inline struct dest *arrived(struct __sk_buff *skb, __u32 front, __be16 type, __u16 way)
 {
 	struct addr src, dst;
 	struct dest *to, *from;
 
-	if (!plain(skb, sizeof(struct eth), type, &src, &dst))
-		return TC_ACT_UNSPEC;
+	if (!plain(skb, front, type, &src, &dst))
+		return 0;
 	to = dest_of(0, &dst);
 	if (!to || !to->link || (to->flags & (DEST_STACK | DEST_TUNNEL)))
-		return TC_ACT_UNSPEC;
+		return 0;
 	from = dest_of(0, &src);
-	if (!from || from->vni != to->vni || !(from->flags & DEST_DIRECT))
-		return TC_ACT_UNSPEC;
-	return route_to(skb, type, to);
+	return from && from->vni == to->vni && (from->flags & way) ? to : 0;
+}
+
+/* arrive takes a packet of a routed network from its peer to the endpoint. */
+static __always_inline int arrive(struct __sk_buff *skb, __be16 type)
+{
+	struct dest *to = arrived(skb, sizeof(struct eth), type, DEST_DIRECT);
+
+	return to ? route_to(skb, type, to) : TC_ACT_UNSPEC;
 }
 
 /* weft_from_tunnel takes what a WireGuard device decrypted, which has no Ethernet header,
@@ -294,20 +301,12 @@ SEC("tc")
 int weft_from_tunnel(struct __sk_buff *skb)
 {
 	struct eth eth = { .type = skb->protocol };
-	struct addr src, dst;
-	struct dest *to, *from;
+	struct dest *to;
 
 	if (!holds(skb, at(skb, 0), sizeof(struct ip6)))
 		pull(skb, sizeof(struct ip6));
-	if (!plain(skb, 0, eth.type, &src, &dst))
-		return TC_ACT_UNSPEC;
-	to = dest_of(0, &dst);
-	if (!to || !to->link || (to->flags & (DEST_STACK | DEST_TUNNEL)))
-		return TC_ACT_UNSPEC;
-	from = dest_of(0, &src);
-	if (!from || from->vni != to->vni || !(from->flags & DEST_TUNNEL))
-		return TC_ACT_UNSPEC;
-	if (bpf_skb_change_head(skb, sizeof(eth), 0))
+	to = arrived(skb, 0, eth.type, DEST_TUNNEL);
+	if (!to || bpf_skb_change_head(skb, sizeof(eth), 0))
 		return TC_ACT_UNSPEC;
 	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0))
 		return TC_ACT_SHOT;
