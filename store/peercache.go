@@ -13,10 +13,35 @@ type peerCache struct {
 	mu      sync.Mutex // guards what follows
 	owners  map[HostID]*peerRecords
 	changed map[HostID]int // by the transaction with this number, or it tried to
-	list    []Peer         // all peers, nil: not read yet
-	listed  int            // as changed, of any peer itself
-	own     []Network      // as list and listed, of this host's networks
-	ownAt   int
+	peers   listCache[Peer]
+	own     listCache[Network] // this host's networks
+}
+
+// listCache keeps a whole list.
+type listCache[T any] struct {
+	all     []T // nil: not read yet
+	changed int // as peerCache.changed, of anything in the list
+}
+
+// listed is list by way of the cache; written: this transaction changed the list.
+func listed[T any](tx *Tx, c *listCache[T], written bool, bucket []byte) ([]T, error) {
+	mu := &tx.peers.mu
+	mu.Lock()
+	all, current := c.all, tx.tx.ID() >= c.changed && !written
+	mu.Unlock()
+	if all != nil && current {
+		return all, nil
+	}
+	all, err := list[T](tx, bucket, nil)
+	if err != nil {
+		return nil, err
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if tx.tx.ID() >= c.changed && !written {
+		c.all = all
+	}
+	return all, nil
 }
 
 // peerRecords is what one peer has. Readers share it: nobody changes it.
@@ -87,45 +112,13 @@ func (tx *Tx) readRecords(id HostID) (*peerRecords, error) {
 // Peers returns all known peers, sorted by id. Readers share the list: do not change
 // it.
 func (tx *Tx) Peers() ([]Peer, error) {
-	c := tx.peers
-	c.mu.Lock()
-	all, current := c.list, tx.tx.ID() >= c.listed && !tx.peersWritten
-	c.mu.Unlock()
-	if all != nil && current {
-		return all, nil
-	}
-	all, err := list[Peer](tx, bucketPeers, nil)
-	if err != nil {
-		return nil, err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if tx.tx.ID() >= c.listed && !tx.peersWritten {
-		c.list = all
-	}
-	return all, nil
+	return listed(tx, &tx.peers.peers, tx.peersWritten, bucketPeers)
 }
 
 // Networks returns this host's networks, sorted by id: each question of a peer and each
 // answer begins with them. Readers share the list: do not change it.
 func (tx *Tx) Networks() ([]Network, error) {
-	c := tx.peers
-	c.mu.Lock()
-	all, current := c.own, tx.tx.ID() >= c.ownAt && !tx.networksWritten
-	c.mu.Unlock()
-	if all != nil && current {
-		return all, nil
-	}
-	all, err := list[Network](tx, bucketNetworks, nil)
-	if err != nil {
-		return nil, err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if tx.tx.ID() >= c.ownAt && !tx.networksWritten {
-		c.own = all
-	}
-	return all, nil
+	return listed(tx, &tx.peers.own, tx.networksWritten, bucketNetworks)
 }
 
 // readAll is list for records that are remembered by peer.
@@ -145,9 +138,9 @@ func (c *peerCache) drop(tx *Tx) {
 		c.changed[id] = tx.tx.ID()
 	}
 	if tx.peersWritten {
-		c.list, c.listed = nil, tx.tx.ID()
+		c.peers = listCache[Peer]{changed: tx.tx.ID()}
 	}
 	if tx.networksWritten {
-		c.own, c.ownAt = nil, tx.tx.ID()
+		c.own = listCache[Network]{changed: tx.tx.ID()}
 	}
 }
