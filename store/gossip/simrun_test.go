@@ -39,9 +39,14 @@ type figures struct {
 	Seed      uint64             `json:"seed"`
 	Names     []string           `json:"names"`
 	Values    map[string]float64 `json:"values"`
+
+	t *testing.T
 }
 
+// set keeps a figure and prints it at once: a run of many hosts takes hours, and
+// one that is cut short has shown what it found.
 func (f *figures) set(name string, v float64) {
+	f.t.Logf("%s %.3g", name, v)
 	f.Names = append(f.Names, name)
 	f.Values[name] = v
 }
@@ -80,7 +85,7 @@ func TestScale(t *testing.T) {
 		}{{"weft", makeReal}, {"naive", makeNaive}} {
 			t.Run(fmt.Sprintf("%s/%d", v.name, n), func(t *testing.T) {
 				begun := time.Now()
-				f := &figures{Variant: v.name, Hosts: n, Endpoints: n * perHost, Seed: simSeed, Values: map[string]float64{}}
+				f := &figures{Variant: v.name, Hosts: n, Endpoints: n * perHost, Seed: simSeed, Values: map[string]float64{}, t: t}
 				dir := memoryDir(t)
 				synctest.Test(t, func(t *testing.T) {
 					newSim(t, dir, simSeed, n, v.make).scenarios(f, out != "")
