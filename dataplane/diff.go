@@ -136,6 +136,9 @@ type Underlay struct {
 	Ethernet bool
 }
 
+// Near reports whether a peer is on the host's own link.
+func (u Underlay) Near(p store.Peer) bool { return u.Prefix.Contains(p.Address) && !p.Away }
+
 // OpError is the failure of one operation.
 type OpError struct {
 	Op  Op

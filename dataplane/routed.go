@@ -57,7 +57,7 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 		MTU: tunnelMTU(u), MAC: tunnelMAC(s.Self.ID, vx), Up: true, NoChecksum: u.NoChecksum})
 	peers := map[store.HostID]store.Peer{}
 	for _, peer := range s.Peers {
-		if across(s.Self, peer.Host, u) && tunnelled(s.Self, peer.Host) {
+		if across(s.Self, peer, u) && tunnelled(s.Self, peer.Host) {
 			peers[peer.ID] = peer
 		}
 	}
@@ -67,7 +67,7 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 	}
 	planWays(p, s, peers, taken, func(peer store.Peer, a netip.Addr) Route {
 		switch {
-		case across(s.Self, peer.Host, u):
+		case across(s.Self, peer, u):
 			return planTunnelled(p, s, peer, a, u)
 		case direct(peer, a, u):
 			planDest(p, Dest{VNI: n.VNI, IP: a, Peer: peer.Address, Direct: true}, n, u)
@@ -111,15 +111,15 @@ func planWays(p Plan, s store.Snapshot, peers map[store.HostID]store.Peer, taken
 // direct reports whether a peer on the same link can be the next hop to its endpoint's
 // address: an IPv4 host cannot be one for IPv6 (ip-route(8)).
 func direct(peer store.Peer, a netip.Addr, u Underlay) bool {
-	return u.Prefix.Contains(peer.Address) && a.Is4() == peer.Address.Is4()
+	return u.Near(peer) && a.Is4() == peer.Address.Is4()
 }
 
 // Way returns how packets go to a peer's endpoints on a routed network, in words.
 func Way(self store.Host, peer store.Peer, u Underlay) string {
-	if across(self, peer.Host, u) {
+	if across(self, peer, u) {
 		return "wireguard"
 	}
-	if u.Prefix.Contains(peer.Address) {
+	if u.Near(peer) {
 		return "direct"
 	}
 	return store.ModeVXLAN

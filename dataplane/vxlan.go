@@ -87,9 +87,9 @@ func InnerMTU(n store.Network, self store.Host, around []store.Peer, u Underlay)
 		way := MTU(n, link)
 		switch {
 		case n.Mode != store.ModeRouted || n.Encrypted:
-		case across(self, p.Host, u):
+		case across(self, p, u):
 			way = tunnelledMTU(link)
-		case mixed || !u.Prefix.Contains(p.Address):
+		case mixed || !u.Near(p):
 			way = tunnelMTU(link)
 		}
 		lowest = min(lowest, way)
@@ -196,7 +196,7 @@ func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
 // a tunnel through a NAT.
 func reachable(s store.Snapshot, u Underlay) []store.Peer {
 	return slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool {
-		return p.Address == u.Address || p.Address.Is4() != u.Address.Is4() || across(s.Self, p.Host, u)
+		return p.Address == u.Address || p.Address.Is4() != u.Address.Is4() || across(s.Self, p, u)
 	})
 }
 

@@ -86,8 +86,8 @@ func tunnelled(a, b store.Host) bool {
 
 // across reports whether a NAT lies between two hosts, which takes none but WireGuard's
 // packets as they are.
-func across(self, peer store.Host, u Underlay) bool {
-	return self.Public != peer.Public && !u.Prefix.Contains(peer.Address)
+func across(self store.Host, peer store.Peer, u Underlay) bool {
+	return self.Public != peer.Public && !u.Near(peer)
 }
 
 // TunnelPeers returns the peers to which this host has a tunnel: those that share an
@@ -95,7 +95,7 @@ func across(self, peer store.Host, u Underlay) bool {
 func TunnelPeers(s store.HostSnapshot, u Underlay) []store.Peer {
 	out := slices.Clone(s.Tunnels)
 	for _, p := range s.Routed {
-		if across(s.Self, p.Host, u) && !slices.ContainsFunc(out, func(o store.Peer) bool { return o.ID == p.ID }) {
+		if across(s.Self, p, u) && !slices.ContainsFunc(out, func(o store.Peer) bool { return o.ID == p.ID }) {
 			out = append(out, p)
 		}
 	}
@@ -128,16 +128,16 @@ func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
 			ways = 2
 		}
 		for way := range ways {
-			p.Add(TunnelPeer{Device: TunnelNames[way], Public: peer.Tunnel.Key(way), Endpoints: candidates(s.Self, peer.Host, uint16(way), u)})
+			p.Add(TunnelPeer{Device: TunnelNames[way], Public: peer.Tunnel.Key(way), Endpoints: candidates(s.Self, peer, uint16(way), u)})
 		}
 	}
 }
 
 // candidates returns where a peer may be found. Hosts behind one NAT, or on one link,
 // prefer the inside.
-func candidates(self, peer store.Host, way uint16, u Underlay) string {
+func candidates(self store.Host, peer store.Peer, way uint16, u Underlay) string {
 	all := []netip.Addr{peer.Public, peer.Address}
-	if self.Inside(peer, u.Prefix.Contains(peer.Address)) {
+	if self.Inside(peer.Host, u.Near(peer)) {
 		slices.Reverse(all)
 	}
 	var out []string

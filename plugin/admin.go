@@ -362,7 +362,7 @@ func (s *services) peers(crypt encryptionReply) ([]peerReply, error) {
 		}
 		for _, p := range all {
 			r := peerReply{Peer: p, Alive: p.DeadSince.IsZero(), Networks: []store.VNI{}}
-			r.Via = self.AddressOf(p.Host, u.Prefix.Contains(p.Address))
+			r.Via = self.AddressOf(p.Host, u.Near(p))
 			nets, err := tx.PeerNetworks(p.ID)
 			if err != nil {
 				return err

@@ -151,6 +151,9 @@ type Peer struct {
 	DeadSince time.Time `json:"deadSince,omitzero"`
 	// Hidden: dead for so long that its records no longer reach the kernel.
 	Hidden bool `json:"hidden,omitempty"`
+	// Away: the peer is not on this host's link, though its address is one of that subnet.
+	// Networks behind two NATs often have the same private addresses.
+	Away bool `json:"away,omitempty"`
 	// Networks is the version of the peer's list of networks that we hold.
 	Networks uint64 `json:"networks,omitempty"`
 	// Revoked is what the peer has told (Tx.MergeRevocations).

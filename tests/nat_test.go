@@ -16,6 +16,7 @@ import (
 // natView is a peer as `weft peers` and `weft encryption` show it, by its name.
 type natView struct {
 	Name, Host, State, LastErr string
+	Way                        string
 	Alive, Cut                 bool
 	Via                        netip.Addr
 	Endpoint                   netip.AddrPort
@@ -131,7 +132,7 @@ func (n *nat) insideAndOutside(t *testing.T) {
 	inside, outside := packets(in, n.b.Address, n.b, n.c.Address, n.c), packets(out, n.a.Address, n.a, n.router.Public, n.b)
 	plain := bytes.Count(append(rawIn, rawOut...), []byte(marker))
 	for _, l := range out {
-		if strings.Contains(l, " 10.") || strings.Contains(l, n.router.Public.String()+".") && !strings.Contains(l, " "+n.a.Address.String()+".") {
+		if strings.Contains(l, " 10.") || strings.Contains(l, " 192.168.") || strings.Contains(l, n.router.Public.String()+".") && !strings.Contains(l, " "+n.a.Address.String()+".") {
 			t.Errorf("outside of the NAT: %s", l)
 		}
 	}
@@ -235,4 +236,68 @@ func (n *nat) noWay(t *testing.T) {
 	untold(t, n.a, "does not reach it")
 	n.allTalk(t)
 	figure(t, "the way between the two is free again", 1, "weft peers shows it after %s", took.Round(100*time.Millisecond))
+}
+
+// TestNATsAlike has two NATs with the same private addresses behind them, and so two hosts
+// with one address, and a neighbour of one of them that seems to be that of the other.
+func TestNATsAlike(t *testing.T) {
+	t.Parallel()
+	lab := newLab(t, 4, func(i int, o *hosts.HostOptions) {
+		o.NAT = []string{"", "home", "office", "office"}[i]
+	})
+	install(t, lab, pluginDir(t, "", "test"), clusterKey)
+	n := &nat{lab: lab}
+	createNetwork(t, lab, "enc", 97, "-o", "encrypted", "--gateway", "10.97.0.1")
+	createNetwork(t, lab, "flat", 98, "-o", "mode=routed", "--gateway", "10.98.0.1")
+	ways := 0
+	for _, network := range []string{"enc", "flat"} {
+		var members []hosts.Container
+		for _, h := range lab.Hosts {
+			members = append(members, run(t, h, "c"+network, "--network", network))
+		}
+		for _, from := range members {
+			for _, to := range members {
+				if from != to {
+					reachWithin(t, 30*time.Second, from, addressOf(t, to, network).String())
+					ways++
+				}
+			}
+		}
+	}
+	seen := func(context.Context) (err error) {
+		for _, from := range lab.Hosts {
+			for _, to := range lab.Hosts {
+				want, way := to.Address, "wireguard"
+				if office := lab.Router("office").Public; to.Public.IsValid() && from.Public != to.Public {
+					want = to.Public
+				} else if from.Public == office && to.Public == office {
+					way = "direct"
+				}
+				if from == to {
+					continue
+				}
+				if p := n.peer(t, from, "peers", to); p.Via != want || !p.Alive || p.Cut || !strings.HasPrefix(p.Way, way) {
+					err = errors.Join(err, fmt.Errorf("weft peers on host %s shows %+v; want host %s alive by %s, %s", from.Name, p, to.Name, want, way))
+				}
+			}
+		}
+		return err
+	}
+	if err := seen(t.Context()); err != nil {
+		t.Error(err)
+	}
+	// The next process knows it from the start.
+	for _, h := range lab.Hosts {
+		killPlugin(t, h)
+	}
+	took := eventually(t, 30*time.Second, "the hosts know each other after their plugins were killed", seen)
+	for _, h := range lab.Hosts {
+		if h.Public == lab.Router("office").Public {
+			tells(t, h, "WEFT_DATA_PORT differs", "no VXLAN passes between them")
+		} else {
+			says(t, h, nil)
+		}
+		clean(t, h)
+	}
+	figure(t, "four hosts, three of them behind two NATs with the same addresses", ways, "all ways talk, by the right addresses; after kill -9 of all plugins again after %s", took.Round(100*time.Millisecond))
 }

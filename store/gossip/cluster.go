@@ -65,8 +65,8 @@ type Config struct {
 	Key []byte
 	// Port is that of gossip, UDP and TCP; DataPort that of the record stream, TCP.
 	Port, DataPort uint16
-	// Near reports whether an address is on this host's own link, so that a host behind
-	// the same NAT is reached by it. nil: none is.
+	// Near reports whether an address is one of this host's own link, by which a host
+	// that is found there is reached. nil: none is.
 	Near func(netip.Addr) bool
 	Log  *slog.Logger
 	// HideAfter is how long a dead peer's records stay in use, ForgetAfter how long
@@ -97,6 +97,7 @@ type Cluster struct {
 	reach   func(netip.Addr) error // nil: everybody; tests cut hosts off with it
 	clock   func() time.Time       // of the day; only numbers that should rise come from it
 	under   underlay               // sockets; simulations have a network in memory
+	ways    ways
 
 	mu       sync.Mutex // guards what follows
 	self     record
@@ -150,6 +151,7 @@ func New(cfg Config) (*Cluster, error) {
 		moved: make(chan struct{}, 1), outbid: make(chan struct{}, 1), fetches: make(chan struct{}, maxFetches),
 		verified: map[string]verified{}}
 	c.under, c.clock = sockets{}, time.Now
+	c.ways.peers = map[store.HostID]found{}
 	c.drops.init()
 	for _, j := range cfg.Join {
 		t, err := parseTarget(j, cfg.Port)
@@ -195,8 +197,8 @@ func (c *Cluster) Run(ctx context.Context) error {
 		c.log.Warn("no cluster key is set: gossip is not encrypted and any host that reaches this one can join; set WEFT_KEY on all hosts")
 	}
 	watch := c.db.Watch()
-	if err := c.publish(); err != nil {
-		return fmt.Errorf("read own networks: %w", err)
+	if err := errors.Join(c.publish(), c.recallWays()); err != nil {
+		return fmt.Errorf("read own networks and peers: %w", err)
 	}
 	if err := c.remember(); err != nil {
 		return fmt.Errorf("read peers: %w", err)

@@ -48,12 +48,12 @@ func (c *Cluster) streamAddr(r record) string {
 	return netip.AddrPortFrom(c.wayTo(r.Host), r.DataPort).String()
 }
 
-// dial opens a stream to the host, which must prove to be id.
-func (c *Cluster) dial(ctx context.Context, r record, id store.HostID) (*stream, error) {
-	if err := c.reachable(r.Address); err != nil {
+// dialAt opens a stream to the host at one of its addresses. It must prove to be id.
+func (c *Cluster) dialAt(ctx context.Context, r record, id store.HostID, at netip.Addr) (*stream, error) {
+	if err := c.reachable(at); err != nil {
 		return nil, err
 	}
-	addr := c.streamAddr(r)
+	addr := netip.AddrPortFrom(at, r.DataPort).String()
 	raw, err := c.under.dial(ctx, c.db.Self().Address, addr, dialTime)
 	if err != nil {
 		return nil, err

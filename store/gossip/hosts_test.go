@@ -29,6 +29,8 @@ func newSegment() segment { return segment{byte(1 + rand.IntN(254)), byte(rand.I
 
 func (s segment) addr(i int) netip.Addr { return netip.AddrFrom4([4]byte{127, s.a, s.b, byte(i)}) }
 
+func (s segment) prefix() netip.Prefix { return netip.PrefixFrom(s.addr(0), 24) }
+
 // host is one cluster member in this process, with a real database and sockets.
 type host struct {
 	t    *testing.T
@@ -64,6 +66,19 @@ func newHost(t *testing.T, addr netip.Addr, join ...netip.Addr) *host {
 // start runs the host; change may set up the cluster before.
 func (h *host) start(change ...func(*Cluster)) *host {
 	h.t.Helper()
+	h.open()
+	for _, f := range change {
+		f(h.c)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	h.stop, h.done = stop, make(chan error, 1)
+	go func() { h.done <- h.c.Run(ctx) }()
+	return h
+}
+
+// open makes the host's cluster, and leaves it at that.
+func (h *host) open() *host {
+	h.t.Helper()
 	db, err := store.Open(filepath.Join(h.dir, "weft.db"), store.Host{ID: h.id.ID, Name: "host-" + h.addr.String(),
 		Address: h.addr, DataPort: testDataPort, Version: "test"})
 	if err != nil {
@@ -73,12 +88,6 @@ func (h *host) start(change ...func(*Cluster)) *host {
 	if h.c, err = New(h.cfg); err != nil {
 		h.t.Fatal(err)
 	}
-	for _, f := range change {
-		f(h.c)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	h.stop, h.done = stop, make(chan error, 1)
-	go func() { h.done <- h.c.Run(ctx) }()
 	return h
 }
 

@@ -77,7 +77,7 @@ func (c *Cluster) missing(ctx context.Context) ([]netip.AddrPort, error) {
 			skip[s.rec.gossipAddr()] = true
 			skip[netip.AddrPortFrom(s.rec.Public, s.rec.Port)] = true
 		} else if s.rec.Port != 0 {
-			lost = append(lost, netip.AddrPortFrom(c.wayTo(s.rec.Host), s.rec.Port))
+			lost = append(lost, withPort(c.waysTo(s.rec.Host), s.rec.Port)...)
 		}
 	}
 	var peers []store.Peer
@@ -97,7 +97,7 @@ func (c *Cluster) missing(ctx context.Context) ([]netip.AddrPort, error) {
 	for _, p := range peers {
 		// Seen in this process: its record says the port. Else it is ours, likely.
 		if sights[p.ID].rec.Port == 0 && p.Address.IsValid() {
-			lost = append(lost, netip.AddrPortFrom(c.wayTo(p.Host), c.cfg.Port))
+			lost = append(lost, withPort(c.waysTo(p.Host), c.cfg.Port)...)
 		}
 	}
 	joins, joinErr := c.resolve(ctx)
@@ -150,12 +150,6 @@ type transport struct {
 	c     *Cluster
 	ctx   context.Context // of the instance; memberlist's calls have none
 	local netip.Addr
-}
-
-// wayTo returns the address by which a host is reached from here: inside its network
-// or behind the same NAT its own, else the public one.
-func (c *Cluster) wayTo(h store.Host) netip.Addr {
-	return c.db.Self().AddressOf(h, c.cfg.Near != nil && c.cfg.Near(h.Address))
 }
 
 // translate returns where a member is reached from here.

@@ -22,6 +22,7 @@ func judge(now time.Time, s sight, p store.Peer, known bool, hide, forget time.D
 			if p.Epoch != s.rec.Epoch {
 				next.Networks = 0 // a version of another database
 			}
+			next.Away = p.Away && p.Address == s.rec.Address // the new address was not tried
 			next.Host = s.rec.Host
 		}
 		return next, false

@@ -17,7 +17,8 @@ const (
 
 // Router does NAT: it has the public address on the cable, hides behind it all that its
 // hosts send, and forwards to each the ports that are that host's. What comes from inside
-// for the public address it does not turn round, as many do not.
+// for the public address it does not turn round, as many do not. All routers have the same
+// addresses inside, as those of homes often have.
 type Router struct {
 	Name   string
 	Public netip.Addr
@@ -43,8 +44,7 @@ func (l *Lab) Router(name string) *Router {
 func (l *Lab) putBehind(ctx context.Context, h *Host, name string) error {
 	r := l.Router(name)
 	if r == nil {
-		number := h.Address.As4()[3]
-		r = &Router{Name: name, Public: h.Address, inside: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 200, number, 1}), 24), lab: l, netns: l.Name + "-nat-" + name}
+		r = &Router{Name: name, Public: h.Address, inside: netip.MustParsePrefix("192.168.1.1/24"), lab: l, netns: l.Name + "-nat-" + name}
 		l.routers = append(l.routers, r)
 		if err := r.start(ctx); err != nil {
 			return fmt.Errorf("router %s: %w", name, err)
