@@ -3,6 +3,7 @@ package dataplane
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -41,7 +42,7 @@ func PeerName(veth string) string { return store.ContainerLink(veth) }
 //
 //	weft:net 4096 <network id> <mtu, 0 automatic> <internal 0|1, r routed, n no masquerade, e encrypted, g gateway ours, u unguarded, s slow path, t any ethertype> 10.1.0.0/16=10.1.0.1,fd00::/64
 //	weft:vxlan 4096
-//	weft:ep 4096 <endpoint id> <network id> 02:… 10.1.0.2/16 - joined
+//	weft:ep 4096 <endpoint id> <network id> 02:… 10.1.0.2/16 - joined 8080:80,192.0.2.1:53:53/udp
 
 const maxAlias = 255
 
@@ -122,11 +123,24 @@ func ParseNetworkAlias(s string) (store.Network, bool) {
 // VXLANAlias returns the alias of a network's VXLAN device.
 func VXLANAlias(v store.VNI) string { return fmt.Sprintf("%svxlan %d", AliasPrefix, v) }
 
-// EndpointAlias returns the alias of the host's side of an endpoint's link.
+// EndpointAlias returns the alias of the host's side of an endpoint's link. Published
+// ports that do not fit are left out from the end; a few always do.
 func EndpointAlias(e store.Endpoint) string {
 	s := fmt.Sprintf("%sep %d %s %s %s %s %s", AliasPrefix, e.VNI, e.ID, e.Network, e.MAC, prefixText(e.IPv4), prefixText(e.IPv6))
-	if e.Sandbox != "" {
+	switch {
+	case e.Sandbox != "":
 		s += " joined"
+	case len(e.Ports) > 0:
+		s += " -"
+	}
+	sep := " "
+	for _, p := range e.Ports {
+		part := sep + portText(p)
+		if len(s)+len(part) > maxAlias {
+			break
+		}
+		s += part
+		sep = ","
 	}
 	return s
 }
@@ -150,7 +164,53 @@ func ParseEndpointAlias(s string) (store.Endpoint, bool) {
 	if len(f) > 6 && f[6] == "joined" {
 		e.Sandbox = "?"
 	}
+	if len(f) > 7 {
+		for part := range strings.SplitSeq(f[7], ",") {
+			if p, ok := parsePort(part); ok {
+				e.Ports = append(e.Ports, p)
+			}
+		}
+	}
 	return e, true
+}
+
+// portText is a published port as docker run -p has it: [address:]port:port[/protocol].
+func portText(p store.Port) string {
+	s := fmt.Sprintf("%d:%d", p.HostPort, p.Port)
+	if p.HostIP.Is6() {
+		s = "[" + p.HostIP.String() + "]:" + s
+	} else if p.HostIP.IsValid() {
+		s = p.HostIP.String() + ":" + s
+	}
+	if p.Proto != "tcp" {
+		s += "/" + p.Proto
+	}
+	return s
+}
+
+// parsePort reads portText back.
+func parsePort(s string) (store.Port, bool) {
+	p := store.Port{Proto: "tcp"}
+	s, proto, other := strings.Cut(s, "/")
+	if other {
+		p.Proto = proto
+	}
+	at := strings.LastIndexByte(s, ':')
+	if at < 0 {
+		return p, false
+	}
+	inner, err := strconv.ParseUint(s[at+1:], 10, 16)
+	outer := s[:at]
+	if at := strings.LastIndexByte(outer, ':'); at >= 0 {
+		var err error
+		if p.HostIP, err = netip.ParseAddr(strings.Trim(outer[:at], "[]")); err != nil {
+			return p, false
+		}
+		outer = outer[at+1:]
+	}
+	host, err2 := strconv.ParseUint(outer, 10, 16)
+	p.Port, p.HostPort = uint16(inner), uint16(host)
+	return p, err == nil && err2 == nil && p.Port != 0 && p.HostPort != 0 && slices.Contains([]string{"tcp", "udp", "sctp"}, p.Proto)
 }
 
 // AliasVNI returns the network that a link of ours belongs to.

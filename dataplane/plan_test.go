@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"flag"
 	"math/rand/v2"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -173,8 +174,18 @@ func TestAliasesRoundTrip(t *testing.T) {
 			t.Errorf("network %+v came back as %+v", want, got)
 		}
 	}
-	for _, e := range s.Snapshot.Endpoints {
+	ports := []store.Port{{Proto: "tcp", Port: 80, HostPort: 8080}, {Proto: "udp", Port: 53, HostPort: 53, HostIP: netip.MustParseAddr("192.0.2.1")},
+		{Proto: "sctp", Port: 1, HostPort: 65535, HostIP: netip.MustParseAddr("::1")}}
+	published := s.Snapshot.Endpoints[0]
+	published.Ports = ports
+	waiting, many := published, published
+	waiting.Sandbox, many.Ports = "", slices.Repeat(ports, 10)
+	for _, e := range append(s.Snapshot.Endpoints, published, waiting, many) {
 		got, ok := ParseEndpointAlias(EndpointAlias(e))
+		fits := len(got.Ports) == len(e.Ports) || len(e.Ports) > len(ports) && len(got.Ports) >= len(ports)
+		if !fits || !slices.Equal(got.Ports, e.Ports[:len(got.Ports)]) {
+			t.Errorf("ports %v came back as %v", e.Ports, got.Ports)
+		}
 		if !ok || got.ID != e.ID || got.Network != e.Network || got.MAC != e.MAC || got.IPv4 != e.IPv4 || got.IPv6 != e.IPv6 || (got.Sandbox != "") != (e.Sandbox != "") {
 			t.Errorf("endpoint %+v came back as %+v", e, got)
 		}
@@ -198,6 +209,7 @@ func TestAliasesRoundTrip(t *testing.T) {
 func FuzzAliases(f *testing.F) {
 	f.Add("weft:net 4096 abc 1450 1 10.1.0.0/16=10.1.0.1,fd00::/64")
 	f.Add("weft:ep 4096 abc def 02:00:00:00:00:01 10.1.0.2/16 - joined")
+	f.Add("weft:ep 4096 abc def 02:00:00:00:00:01 10.1.0.2/16 - - 8080:80,[::1]:53:53/udp,::,1:2:3")
 	f.Fuzz(func(t *testing.T, s string) {
 		if n, ok := ParseNetworkAlias(s); ok && n.ID == "" {
 			t.Errorf("%q: a network without id", s)

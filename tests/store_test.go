@@ -37,8 +37,8 @@ var damages = []struct {
 }
 
 // TestDamagedDatabaseIsRebuilt damages the database of one host, and demands that
-// it is set aside and said, and that networks and endpoints come back from the
-// kernel without a lost packet.
+// it is set aside and said, and that networks, endpoints and published ports come back
+// from the kernel without a lost packet.
 func TestDamagedDatabaseIsRebuilt(t *testing.T) {
 	t.Parallel()
 	lab := newLab(t, 2, nil)
@@ -47,6 +47,17 @@ func TestDamagedDatabaseIsRebuilt(t *testing.T) {
 	createNetwork(t, lab, "app", 32, "--ipam-driver", hosts.PluginName)
 	probe, from, to := probePair(t, lab, "app")
 	second := run(t, a, "second", "--network", "app")
+	createNetwork(t, lab, "own", 33, "-o", "gateway=weft", "--gateway", "10.33.0.1")
+	web := run(t, a, "web", "--network", "own", "-p", "8080:80", "-p", "127.0.0.1:8081:80")
+	serve(t, web, "web")
+	ports := func() string {
+		out, err := a.Exec(t.Context(), "weft", "ports")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	published := ports()
 	toAddress := addressOf(t, to, "app").String()
 	taken := []string{addressOf(t, from, "app").String(), addressOf(t, second, "app").String()}
 	before := inventory(t, a)
@@ -70,10 +81,15 @@ func TestDamagedDatabaseIsRebuilt(t *testing.T) {
 			return err
 		})
 		status, _ := a.Exec(t.Context(), "weft", "status")
-		if !strings.Contains(status, d.said) || !strings.Contains(status, "1 networks, 2 endpoints") {
+		if !strings.Contains(status, d.said) || !strings.Contains(status, "2 networks, 3 endpoints") {
 			t.Errorf("%s: weft status does not say it:\n%s", d.name, status)
 		}
 		unleaked(t, a, before, "plugin file")
+		if got := ports(); got != published {
+			t.Errorf("%s: weft ports shows\n%s\nwant\n%s", d.name, got, published)
+		}
+		fetches(t, lab.Hosts[1].NetNS(), "http://"+a.Address.String()+":8080", "web")
+		fetches(t, a.NetNS(), "http://127.0.0.1:8081", "web")
 		late := run(t, a, "late", "--network", "app")
 		reach(t, late, toAddress)
 		reach(t, to, addressOf(t, late, "app").String())
