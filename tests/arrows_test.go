@@ -29,7 +29,7 @@ var arrows = map[string][]string{
 	"tests/demo":           {"tests/hosts", "tests/show"},
 	"tests/demoswarm":      {"tests/hosts", "tests/show"},
 	"tests/demoencrypted":  {"tests/hosts", "tests/show"},
-	"tests/bench":          {"tests/hosts"},
+	"tests/bench":          {"store", "store/gossip", "tests/hosts"},
 	"tests/sim":            {},
 }
 

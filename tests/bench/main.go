@@ -30,10 +30,10 @@ import (
 
 // options are the command's flags.
 type options struct {
-	rounds, attaches, mtu int
-	length                time.Duration
-	wire                  bool
-	set, svg, only        string
+	rounds, attaches, mtu, endpoints int
+	length                           time.Duration
+	wire                             bool
+	set, svg, only, crowd            string
 }
 
 func main() {
@@ -45,11 +45,17 @@ func main() {
 	flag.BoolVar(&o.wire, "wire", false, "no segmentation offload on the hosts' network: every packet is as large as its MTU")
 	flag.StringVar(&o.set, "set", "", "a further setting of the plugin, for example WEFT_FLOWS=off")
 	flag.StringVar(&o.only, "only", "", "a word of the titles of the tables to measure")
+	flag.IntVar(&o.endpoints, "endpoints", 0, "endpoints of a third host in each network of Weft, beside those measured")
+	flag.StringVar(&o.crowd, "crowd", "", "file that says what third host to be; for this command's own use")
 	flag.StringVar(&o.svg, "svg", "", "file for a picture of the ratios")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := bench(ctx, o); err != nil {
+	run := func() error { return bench(ctx, o) }
+	if o.crowd != "" {
+		run = func() error { return play(ctx, o.crowd) }
+	}
+	if err := run(); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		stop()
 		os.Exit(1)
@@ -65,7 +71,11 @@ func bench(ctx context.Context, o options) (err error) {
 	if out, err := exec.CommandContext(ctx, "make", "-s", "plugin", "PLUGIN="+dir).CombinedOutput(); err != nil {
 		return fmt.Errorf("make plugin: %w: %s", err, out)
 	}
-	lab, err := hosts.New(ctx, hosts.Options{MTU: o.mtu, Hosts: []hosts.HostOptions{{Name: "alpha"}, {Name: "beta"}}})
+	names := []hosts.HostOptions{{Name: "alpha"}, {Name: "beta"}}
+	if o.endpoints > 0 {
+		names = append(names, hosts.HostOptions{Name: "gamma"})
+	}
+	lab, err := hosts.New(ctx, hosts.Options{MTU: o.mtu, Hosts: names})
 	if err != nil {
 		return err
 	}
@@ -83,6 +93,11 @@ func bench(ctx context.Context, o options) (err error) {
 	same, across, encrypted, err := b.paths()
 	if err != nil {
 		return err
+	}
+	if o.endpoints > 0 {
+		if err := b.fill(lab.Hosts[2], o.endpoints); err != nil {
+			return err
+		}
 	}
 	var charts []chart
 	for _, t := range []struct {
@@ -114,6 +129,7 @@ func bench(ctx context.Context, o options) (err error) {
 type setup struct {
 	ctx    context.Context
 	plugin string // folder
+	key    string // of the cluster, hex
 	a, b   *hosts.Host
 
 	started []*exec.Cmd // that end with the bench
@@ -123,7 +139,8 @@ func (s *setup) networks(set string) error {
 	join := "WEFT_JOIN=" + s.a.Address.String() + "," + s.b.Address.String()
 	key := make([]byte, 32)
 	_, _ = rand.Read(key) // never fails
-	settings := []string{join, "WEFT_KEY=" + hex.EncodeToString(key)}
+	s.key = hex.EncodeToString(key)
+	settings := []string{join, "WEFT_KEY=" + s.key}
 	if set != "" {
 		settings = append(settings, set)
 	}
