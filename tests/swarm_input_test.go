@@ -27,8 +27,8 @@ func TestSwarmInput(t *testing.T) {
 			t.Parallel()
 			s := &swarmInput{swarm: newSwarm(t, engine, false, "WEFT_SCOPE=global")}
 			s.a, s.b, s.c = s.lab.Hosts[0], s.lab.Hosts[1], s.lab.Hosts[2]
-			demote(t, s.a, "b")
-			demote(t, s.a, "c")
+			demote(t, s.a, s.b)
+			demote(t, s.a, s.c)
 			t.Run("options", s.options)
 			t.Run("numbers", s.numbers)
 			t.Run("route", s.route)

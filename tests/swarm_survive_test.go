@@ -233,11 +233,19 @@ func (s *swarm) cut(t *testing.T) {
 }
 
 // demote makes a manager a worker. Docker refuses it while it thinks that the managers
-// left would be no majority, as it does shortly after some of them joined.
-func demote(t *testing.T, leader *hosts.Host, name string) {
+// left would be no majority, as it does shortly after some of them joined. Until the host
+// is one it has its part in the majority.
+func demote(t *testing.T, leader, h *hosts.Host) {
 	t.Helper()
-	eventually(t, 30*time.Second, name+" is demoted", func(ctx context.Context) error {
-		_, err := leader.Docker(ctx, "node", "demote", name)
+	eventually(t, 30*time.Second, h.Name+" is demoted", func(ctx context.Context) error {
+		_, err := leader.Docker(ctx, "node", "demote", h.Name)
+		return err
+	})
+	eventually(t, 30*time.Second, "host "+h.Name+" is a worker", func(ctx context.Context) error {
+		out, err := h.Docker(ctx, "info", "--format", "{{.Swarm.ControlAvailable}}")
+		if err == nil && out != "false" {
+			err = errors.New("it is still a manager")
+		}
 		return err
 	})
 }
@@ -253,14 +261,7 @@ func named(t *testing.T, from hosts.Container, name string) {
 // join it again, and makes it a manager.
 func (s *swarm) worker(t *testing.T) {
 	leader, h := s.leader(t, nil), s.followers(t)[1]
-	demote(t, leader, h.Name)
-	eventually(t, 30*time.Second, "host "+h.Name+" is a worker", func(ctx context.Context) error {
-		out, err := h.Docker(ctx, "info", "--format", "{{.Swarm.ControlAvailable}}")
-		if err == nil && out != "false" {
-			err = errors.New("it is still a manager")
-		}
-		return err
-	})
+	demote(t, leader, h)
 	s.comesBack(t, "worker", 45, leader, h, "killed")
 	s.rejoins(t, leader, h)
 	docker(t, leader, "node", "promote", h.Name)

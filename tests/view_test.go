@@ -210,7 +210,9 @@ func listenIn(t *testing.T, netns string, port int, answer func(net.Conn)) {
 	t.Helper()
 	var l net.Listener
 	if err := hosts.InNetNS(netns, func() (err error) {
-		l, err = net.Listen("tcp4", fmt.Sprintf(":%d", port))
+		// What neither side says by itself is not said by the kernels either.
+		silent := net.ListenConfig{KeepAlive: -1}
+		l, err = silent.Listen(t.Context(), "tcp4", fmt.Sprintf(":%d", port))
 		return err
 	}); err != nil {
 		t.Fatal(err)

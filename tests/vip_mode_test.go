@@ -1,8 +1,13 @@
 package tests
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"net"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // modes asks services on networks of the other modes: their packets go into no bridge.
@@ -26,4 +31,47 @@ func (v *vips) modes(t *testing.T) {
 		s.removeServices(t, "there")
 		s.removeNetworks(t, network)
 	}
+}
+
+// resets cuts a task off from its client, and removes it: the client is told, also one
+// that only waits for what the task has to say.
+func (v *vips) resets(t *testing.T) {
+	const port = 9002
+	for _, c := range v.running(t) {
+		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
+	}
+	conns := v.connect(t, v.clients[0], 30, port)
+	for _, c := range conns {
+		if err := roundTrip(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The listeners are this process's: no container's end closes the connections.
+	v.update(t, "web", 3, "--force")
+	v.settled(t)
+	// Docker ends the former tasks when it comes to it.
+	var asking, waiting int
+	end := time.Now().Add(60 * time.Second)
+	for i, c := range conns {
+		var err error
+		for ; err == nil && i%2 == 0; pause(t, 100*time.Millisecond) {
+			if err = roundTrip(c); err == nil && time.Now().After(end) {
+				err = errors.New("it is answered")
+			}
+		}
+		if i%2 == 1 {
+			_ = c.SetDeadline(end)
+			_, err = c.Read(make([]byte, 1))
+		}
+		switch {
+		case !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) && !errors.Is(err, io.EOF):
+			t.Errorf("connection %d to a task that is gone: %v", i, err)
+		case i%2 == 0:
+			asking++
+		default:
+			waiting++
+		}
+		_ = c.Close()
+	}
+	figure(t, "VIP connections of removed tasks", len(conns), "%d of clients that ask reset, %d of such that only wait; target all", asking, waiting)
 }

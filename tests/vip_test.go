@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -274,7 +275,8 @@ func (v *vips) connect(t *testing.T, from hosts.Container, n, port int) (conns [
 	ns := netnsOf(t, from)
 	for range n {
 		if err := hosts.InNetNS(ns, func() error {
-			c, err := net.DialTimeout("tcp4", fmt.Sprintf("%s:%d", v.address, port), hungAfter)
+			silent := net.Dialer{Timeout: hungAfter, KeepAlive: -1}
+			c, err := silent.Dial("tcp4", net.JoinHostPort(v.address.String(), strconv.Itoa(port)))
 			conns = append(conns, c)
 			return err
 		}); err != nil {
@@ -420,7 +422,7 @@ func (v *vips) noManager(t *testing.T) {
 	boss := v.leader(t, nil)
 	for _, h := range v.lab.Hosts {
 		if h != boss {
-			demote(t, boss, h.Name)
+			demote(t, boss, h)
 		}
 	}
 	if err := boss.KillDockerd(t.Context()); err != nil {
@@ -452,36 +454,6 @@ func (v *vips) noManager(t *testing.T) {
 	for _, c := range v.clients {
 		v.balanced(t, c, 3)
 	}
-}
-
-// resets cuts a task off from its client, and removes it: the client is told.
-func (v *vips) resets(t *testing.T) {
-	const port = 9002
-	for _, c := range v.running(t) {
-		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
-	}
-	conns := v.connect(t, v.clients[0], 30, port)
-	// The listeners are this process's: no container's end closes the connections.
-	v.update(t, "web", 3, "--force")
-	v.settled(t)
-	var ended int
-	for _, c := range conns {
-		// Docker ends the former tasks when it comes to it.
-		eventually(t, 60*time.Second, "the connection to a task that is gone ends", func(context.Context) error {
-			err := roundTrip(c)
-			if err == nil {
-				return errors.New("it is answered")
-			}
-			if errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, io.EOF) {
-				ended++
-			} else {
-				t.Errorf("connection to a task that is gone: %v", err)
-			}
-			return nil
-		})
-		_ = c.Close()
-	}
-	figure(t, "VIP connections of removed tasks", len(conns), "%d reset; target all", ended)
 }
 
 // gone removes the service: its address answers nobody.

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/dataplane/kernel/bpf"
@@ -34,7 +35,7 @@ func (k *Kernel) readServices(p dataplane.Plan, v store.VNI) error {
 
 // applyService changes the tasks behind a virtual address. Flows to tasks that are no
 // longer there are forgotten, so that the next packet of each is answered by a reset or,
-// where it can be, begins a new one.
+// where it can be, begins a new one. Clients of TCP are made to send that packet.
 func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 	if k.program.err != nil {
 		return nil
@@ -45,7 +46,8 @@ func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 		if err := m.WeftServices.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return err
 		}
-		return k.forgetFlows(o, nil)
+		_, err := k.forgetFlows(o, nil) // nothing answers for the address any more
+		return err
 	}
 	var old bpf.ProgramService
 	_ = m.WeftServices.Lookup(key, &old)
@@ -59,28 +61,33 @@ func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 	}
 	for _, b := range old.Backends[:min(old.N, dataplane.MaxBackends)] {
 		if !now[b.Ip4] {
-			return k.forgetFlows(o, now)
+			forgotten, err := k.forgetFlows(o, now)
+			return errors.Join(err, k.wake(forgotten))
 		}
 	}
 	return nil
 }
 
-// forgetFlows forgets the flows to a virtual address whose task is not among those kept.
-func (k *Kernel) forgetFlows(o dataplane.Service, kept map[uint32]bool) error {
+// forgetFlows forgets the flows to a virtual address whose task is not among those kept,
+// and returns those of TCP.
+func (k *Kernel) forgetFlows(o dataplane.Service, kept map[uint32]bool) (streams []bpf.ProgramFlow, err error) {
 	m := k.program.objects.WeftFlowsTo
 	all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](m)
 	if err != nil {
-		return fmt.Errorf("read flows: %w", err)
+		return nil, fmt.Errorf("read flows: %w", err)
 	}
 	for key, to := range all {
 		if key.Vni != uint32(o.VNI) || key.Dst != fromAddr4(o.VIP) || kept[to.Ip4] {
 			continue
 		}
 		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("forget a flow: %w", err)
+			return streams, fmt.Errorf("forget a flow: %w", err)
+		}
+		if key.Proto == unix.IPPROTO_TCP {
+			streams = append(streams, key)
 		}
 	}
-	return nil
+	return streams, nil
 }
 
 func serviceValue(o dataplane.Service) (v bpf.ProgramService) {
