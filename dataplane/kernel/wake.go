@@ -33,7 +33,7 @@ func (k *Kernel) wake(flows []bpf.ProgramFlow) error {
 	if err != nil {
 		return fmt.Errorf("socket for resets: %w", err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	for _, f := range flows {
 		link, ok := links[client{f.Vni, f.Src}]
 		if !ok {
