@@ -171,7 +171,7 @@ func (v *vips) otherProtocols(t *testing.T) {
 			}
 			t.Cleanup(func() { _ = u.Close() })
 			go func() {
-				buf := make([]byte, 2000)
+				buf := make([]byte, 1<<16)
 				for {
 					n, from, err := u.ReadFromUDPAddrPort(buf)
 					if err != nil {
@@ -196,20 +196,23 @@ func (v *vips) otherProtocols(t *testing.T) {
 			t.Fatal(err)
 		}
 		own := u.LocalAddr().(*net.UDPAddr).AddrPort().Addr().String()
-		for range 10 {
-			_, _ = u.Write([]byte("hello"))
+		for i := range 10 {
+			text := strings.Repeat("hello", 1+i%2*1000) // in one packet, and in four
+			_, _ = u.Write([]byte(text))
 			_ = u.SetReadDeadline(time.Now().Add(5 * time.Second))
-			buf := make([]byte, 10)
-			if n, err := u.Read(buf); err != nil || string(buf[:n]) != "hello" {
-				t.Fatalf("UDP from host %s: %q, %v", c.Host.Name, buf[:n], err)
+			buf := make([]byte, 1<<16)
+			if n, err := u.Read(buf); err != nil || string(buf[:n]) != text {
+				t.Fatalf("UDP from host %s, %d bytes: %d, %v", c.Host.Name, len(text), n, err)
 			}
 			if from := <-heard; from != own {
 				t.Errorf("a task is asked by %s, not by %s", from, own)
 			}
 		}
 		_ = u.Close()
-		if out, err := c.Exec(t.Context(), "ping", "-c", "5", "-W", "2", v.address.String()); err != nil {
-			t.Errorf("ping from host %s: %v %s", c.Host.Name, err, out)
+		for _, size := range []string{"56", "5000"} {
+			if out, err := c.Exec(t.Context(), "ping", "-c", "5", "-W", "2", "-s", size, v.address.String()); err != nil {
+				t.Errorf("ping of %s bytes from host %s: %v %s", size, c.Host.Name, err, out)
+			}
 		}
 	}
 }

@@ -91,6 +91,16 @@ struct flow_to {
 	__u16 zero;
 };
 
+/* part names the fragments of a packet (RFC 791), of which the first alone has ports. */
+#define MAX_PARTS 8192
+struct part {
+	__u32 vni;
+	__u32 src;
+	__u32 dst;
+	__be16 id;
+	__u16 proto;
+};
+
 /* counters of one port. */
 #define REASONS 16
 struct counters {
@@ -186,3 +196,13 @@ struct {
 	__type(value, __u32);
 	__uint(pinning, PINNED);
 } weft_flows_from SEC(".maps");
+
+/* weft_parts has the task, or from a task the virtual address, that the first fragment
+ * got: the next ones get it too. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_PARTS);
+	__type(key, struct part);
+	__type(value, struct flow_to);
+	__uint(pinning, PINNED);
+} weft_parts SEC(".maps");

@@ -75,6 +75,15 @@ type ProgramPair struct {
 	Verdict  uint8
 }
 
+type ProgramPart struct {
+	_     structs.HostLayout
+	Vni   uint32
+	Src   uint32
+	Dst   uint32
+	Id    uint16
+	Proto uint16
+}
+
 type ProgramPort struct {
 	_     structs.HostLayout
 	Vni   uint32
@@ -123,6 +132,7 @@ const (
 	ProgramMapWeftFlowsFrom      = "weft_flows_from"
 	ProgramMapWeftFlowsTo        = "weft_flows_to"
 	ProgramMapWeftPairs          = "weft_pairs"
+	ProgramMapWeftParts          = "weft_parts"
 	ProgramMapWeftPeers          = "weft_peers"
 	ProgramMapWeftPorts          = "weft_ports"
 	ProgramMapWeftServices       = "weft_services"
@@ -191,6 +201,7 @@ type ProgramMapSpecs struct {
 	WeftFlowsFrom *ebpf.MapSpec `ebpf:"weft_flows_from"`
 	WeftFlowsTo   *ebpf.MapSpec `ebpf:"weft_flows_to"`
 	WeftPairs     *ebpf.MapSpec `ebpf:"weft_pairs"`
+	WeftParts     *ebpf.MapSpec `ebpf:"weft_parts"`
 	WeftPeers     *ebpf.MapSpec `ebpf:"weft_peers"`
 	WeftPorts     *ebpf.MapSpec `ebpf:"weft_ports"`
 	WeftServices  *ebpf.MapSpec `ebpf:"weft_services"`
@@ -229,6 +240,7 @@ type ProgramMaps struct {
 	WeftFlowsFrom *ebpf.Map `ebpf:"weft_flows_from"`
 	WeftFlowsTo   *ebpf.Map `ebpf:"weft_flows_to"`
 	WeftPairs     *ebpf.Map `ebpf:"weft_pairs"`
+	WeftParts     *ebpf.Map `ebpf:"weft_parts"`
 	WeftPeers     *ebpf.Map `ebpf:"weft_peers"`
 	WeftPorts     *ebpf.Map `ebpf:"weft_ports"`
 	WeftServices  *ebpf.Map `ebpf:"weft_services"`
@@ -243,6 +255,7 @@ func (m *ProgramMaps) Close() error {
 		m.WeftFlowsFrom,
 		m.WeftFlowsTo,
 		m.WeftPairs,
+		m.WeftParts,
 		m.WeftPeers,
 		m.WeftPorts,
 		m.WeftServices,

@@ -29,13 +29,30 @@ struct tcp { /* RFC 9293 */
 #define L3 (sizeof(struct eth))
 #define L4 (L3 + sizeof(struct ip4))
 
+/* part_of fills the key of a fragment of an IPv4 packet. Zero: it is none. */
+#define FIRST_PART 1
+#define NEXT_PART 2
+static __always_inline int part_of(struct __sk_buff *skb, __u32 vni, struct part *k)
+{
+	struct ip4 *ip = at(skb, L3);
+
+	if (!holds(skb, ip, sizeof(*ip)) || ip->version_ihl != 0x45 || !(ip->frag & IP4_PART))
+		return 0;
+	k->vni = vni;
+	k->src = ip->src;
+	k->dst = ip->dst;
+	k->id = ip->id;
+	k->proto = ip->next;
+	return ip->frag & IP4_OFFSET ? NEXT_PART : FIRST_PART;
+}
+
 /* flow_of fills the key of an IPv4 packet's flow. Zero: it has none that is translated. */
 static __always_inline int flow_of(struct __sk_buff *skb, __u32 vni, struct flow *f)
 {
 	struct ip4 *ip = at(skb, L3);
 	struct ports *p;
 
-	if (!holds(skb, ip, sizeof(*ip) + 8) || ip->version_ihl != 0x45 || (ip->frag & IP4_PART))
+	if (!holds(skb, ip, sizeof(*ip) + 8) || ip->version_ihl != 0x45 || (ip->frag & IP4_OFFSET))
 		return 0;
 	p = (void *)(ip + 1);
 	f->vni = vni;
@@ -61,7 +78,8 @@ static __always_inline int flow_of(struct __sk_buff *skb, __u32 vni, struct flow
 	return 0;
 }
 
-/* rewrite puts another address in place of the one at offset, and mends the sums. */
+/* rewrite puts another address in place of the one at offset, and mends the sums. proto is
+ * zero for what has no header of its own: a next fragment. */
 static __always_inline int rewrite(struct __sk_buff *skb, __u32 offset, __u32 from, __u32 to, __u8 proto)
 {
 	long bad = bpf_l3_csum_replace(skb, L3 + offsetof(struct ip4, sum), from, to, 4);
@@ -149,19 +167,44 @@ static __always_inline int answer_arp(struct __sk_buff *skb, const struct port *
 	return bpf_redirect(skb->ifindex, 0);
 }
 
+/* lead gives a packet, from f->src to the virtual address f->dst, to a task. */
+#define PASS_ON 100
+static __always_inline int lead(struct __sk_buff *skb, const struct flow *f, const struct flow_to *to)
+{
+	if (!rewrite(skb, offsetof(struct ip4, dst), f->dst, to->ip4, f->proto))
+		return TC_ACT_SHOT;
+	/* A task that reaches itself takes nothing from its own address. */
+	if (to->ip4 == f->src && !rewrite(skb, offsetof(struct ip4, src), f->src, f->dst, f->proto))
+		return TC_ACT_SHOT;
+	if (bpf_skb_store_bytes(skb, 0, to->mac, 6, 0))
+		return TC_ACT_SHOT;
+	if (to->ip4 == f->src)
+		return deliver(skb, skb->ifindex);
+	return PASS_ON;
+}
+
 /* translate changes the destination of a packet to a virtual address into that of a
  * task. PASS_ON: go on with the packet; everything else is a verdict. */
-#define PASS_ON 100
 static __always_inline int translate(struct __sk_buff *skb, const struct port *p)
 {
 	struct dest_key k = { .vni = p->vni };
 	struct flow f = {}, back = {};
 	struct flow_to to = {}, *known;
+	struct part part = {};
 	struct service *s;
 	struct tcp *tcp;
-	int opens = 1;
+	int opens = 1, which = part_of(skb, p->vni, &part);
 	__u32 i;
 
+	if (which == NEXT_PART) {
+		known = bpf_map_lookup_elem(&weft_parts, &part);
+		if (!known)
+			return PASS_ON;
+		f.src = part.src;
+		f.dst = part.dst;
+		to = *known;
+		return lead(skb, &f, &to);
+	}
 	if (!flow_of(skb, p->vni, &f))
 		return PASS_ON;
 	map_ip4(&k.at, f.dst);
@@ -202,26 +245,31 @@ static __always_inline int translate(struct __sk_buff *skb, const struct port *p
 			return TC_ACT_SHOT;
 		}
 	}
-	if (!rewrite(skb, offsetof(struct ip4, dst), f.dst, to.ip4, f.proto))
-		return TC_ACT_SHOT;
-	/* A task that reaches itself takes nothing from its own address. */
-	if (to.ip4 == f.src && !rewrite(skb, offsetof(struct ip4, src), f.src, f.dst, f.proto))
-		return TC_ACT_SHOT;
-	if (bpf_skb_store_bytes(skb, 0, to.mac, 6, 0))
-		return TC_ACT_SHOT;
-	if (to.ip4 == f.src)
-		return deliver(skb, skb->ifindex);
-	return PASS_ON;
+	if (which == FIRST_PART)
+		bpf_map_update_elem(&weft_parts, &part, &to, BPF_ANY);
+	return lead(skb, &f, &to);
 }
 
 /* translate_back gives the answer of a task the virtual address that was asked. */
 static __always_inline int translate_back(struct __sk_buff *skb, __u32 vni)
 {
 	struct flow f = {};
+	struct part part = {};
+	struct flow_to first = {}, *known;
+	int which = part_of(skb, vni, &part);
 	__u32 *vip;
 
+	if (which == NEXT_PART) {
+		known = bpf_map_lookup_elem(&weft_parts, &part);
+		return !known || rewrite(skb, offsetof(struct ip4, src), part.src, known->ip4, 0);
+	}
 	if (!flow_of(skb, vni, &f))
 		return 1;
 	vip = bpf_map_lookup_elem(&weft_flows_from, &f);
-	return !vip || rewrite(skb, offsetof(struct ip4, src), f.src, *vip, f.proto);
+	if (!vip)
+		return 1;
+	first.ip4 = *vip;
+	if (which == FIRST_PART)
+		bpf_map_update_elem(&weft_parts, &part, &first, BPF_ANY);
+	return rewrite(skb, offsetof(struct ip4, src), f.src, first.ip4, f.proto);
 }

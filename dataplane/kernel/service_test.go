@@ -1,0 +1,81 @@
+package kernel
+
+import (
+	"bytes"
+	"encoding/binary"
+	"net/netip"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel/bpf"
+	"github.com/weftnet/weft/dataplane/kerneltest"
+	"github.com/weftnet/weft/store"
+)
+
+// fragment makes a fragment of an IPv4 frame: its number, where it begins in units of
+// eight bytes, and whether others follow.
+func fragment(frame []byte, id, offset uint16, more bool) []byte {
+	b := bytes.Clone(frame)
+	if more {
+		offset |= 0x2000
+	}
+	binary.BigEndian.PutUint16(b[18:], id)
+	binary.BigEndian.PutUint16(b[20:], offset)
+	b[24], b[25] = 0, 0
+	binary.BigEndian.PutUint16(b[24:], checksum(0, b[14:34]))
+	return b
+}
+
+// TestServicesTranslateFragments sends packets in pieces to a virtual address and back:
+// what has no ports goes where the first piece went.
+func TestServicesTranslateFragments(t *testing.T) {
+	kerneltest.Netns(t)
+	p, _ := guarded(t, dataplane.Port{Guard: true, Fast: true, Services: true})
+	vip := netip.MustParseAddr("10.1.0.200")
+	key := bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}
+	o := dataplane.Service{VNI: 1, VIP: vip, Backends: victim.IPv4.String() + " " + victim.MAC.String()}
+	must(t, p.objects.WeftServices.Put(key, serviceValue(o)))
+	ask := packet(t, "ipv4", 40000, 53)
+	for i := range 6 {
+		ask[i] = 0xee // RouterMAC
+	}
+	copy(ask[30:], vip.AsSlice())
+	answer := packet(t, "ipv4", 53, 40000)
+	copy(answer, own.MAC[:])
+	copy(answer[6:], victim.MAC[:])
+	copy(answer[26:], victim.IPv4.AsSlice())
+	copy(answer[30:], own.IPv4.AsSlice())
+	for _, step := range []struct {
+		what     string
+		program  *ebpf.Program
+		frame    []byte
+		src, dst netip.Addr
+		to       store.MAC
+	}{
+		{"a next piece alone", p.objects.WeftFromContainer, fragment(ask, 7, 3, false), own.IPv4, vip, dataplane.RouterMAC},
+		{"the first", p.objects.WeftFromContainer, fragment(ask, 7, 0, true), own.IPv4, victim.IPv4, victim.MAC},
+		{"a next one", p.objects.WeftFromContainer, fragment(ask, 7, 3, true), own.IPv4, victim.IPv4, victim.MAC},
+		{"the last", p.objects.WeftFromContainer, fragment(ask, 7, 6, false), own.IPv4, victim.IPv4, victim.MAC},
+		{"one of another packet", p.objects.WeftFromContainer, fragment(ask, 8, 3, true), own.IPv4, vip, dataplane.RouterMAC},
+		{"the first of the answer", p.objects.WeftToContainer, fragment(answer, 7, 0, true), vip, own.IPv4, own.MAC},
+		{"the last of the answer", p.objects.WeftToContainer, fragment(answer, 7, 3, false), vip, own.IPv4, own.MAC},
+		{"one of another answer", p.objects.WeftToContainer, fragment(answer, 8, 3, false), victim.IPv4, own.IPv4, own.MAC},
+	} {
+		out := make([]byte, len(step.frame)+256)
+		run := ebpf.RunOptions{Data: step.frame, DataOut: out}
+		if _, err := step.program.Run(&run); err != nil {
+			t.Fatalf("%s: %v", step.what, err)
+		}
+		out = run.DataOut
+		src, _ := netip.AddrFromSlice(out[26:30])
+		dst, _ := netip.AddrFromSlice(out[30:34])
+		if src != step.src || dst != step.dst || !bytes.Equal(out[:6], step.to[:]) {
+			t.Errorf("%s: from %s to %s at %x, want %s, %s at %s", step.what, src, dst, out[:6], step.src, step.dst, step.to)
+		}
+		if checksum(0, out[14:34]) != 0 {
+			t.Errorf("%s: the sum of the header is wrong", step.what)
+		}
+	}
+}
