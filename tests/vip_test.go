@@ -209,6 +209,20 @@ func (v *vips) otherProtocols(t *testing.T) {
 			}
 		}
 		_ = u.Close()
+		// A port on which no task listens: the task's host says so, in the address's name.
+		if err := inside(t, c, func() error {
+			u, err := net.DialUDP("udp4", nil, &net.UDPAddr{IP: v.address.AsSlice(), Port: port + 99})
+			if err != nil {
+				return err
+			}
+			defer u.Close()
+			_, _ = u.Write([]byte("hello"))
+			_ = u.SetReadDeadline(time.Now().Add(5 * time.Second))
+			_, err = u.Read(make([]byte, 1))
+			return err
+		}); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("host %s asks a port without a listener: %v", c.Host.Name, err)
+		}
 		for _, size := range []string{"56", "5000"} {
 			if out, err := c.Exec(t.Context(), "ping", "-c", "5", "-W", "2", "-s", size, v.address.String()); err != nil {
 				t.Errorf("ping of %s bytes from host %s: %v %s", size, c.Host.Name, err, out)

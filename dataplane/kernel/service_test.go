@@ -28,9 +28,21 @@ func fragment(frame []byte, id, offset uint16, more bool) []byte {
 	return b
 }
 
-// TestServicesTranslateFragments sends packets in pieces to a virtual address and back:
-// what has no ports goes where the first piece went.
-func TestServicesTranslateFragments(t *testing.T) {
+const protoICMP = 1
+
+// portUnreachable makes of a frame the ICMP error about another one.
+func portUnreachable(frame, about []byte) []byte {
+	b := append(bytes.Clone(frame[:34]), 3, 3, 0, 0, 0, 0, 0, 0)
+	b = append(b, about[14:42]...)
+	b[23] = protoICMP
+	binary.BigEndian.PutUint16(b[16:], uint16(len(b)-14))
+	binary.BigEndian.PutUint16(b[36:], checksum(0, b[34:]))
+	return fragment(b, 1, 0, false)
+}
+
+// TestServicesTranslateOddities sends packets in pieces to a virtual address and back, and
+// an error: what has no ports goes where the first piece went.
+func TestServicesTranslateOddities(t *testing.T) {
 	kerneltest.Netns(t)
 	p, _ := guarded(t, dataplane.Port{Guard: true, Fast: true, Services: true})
 	vip := netip.MustParseAddr("10.1.0.200")
@@ -47,6 +59,9 @@ func TestServicesTranslateFragments(t *testing.T) {
 	copy(answer[6:], victim.MAC[:])
 	copy(answer[26:], victim.IPv4.AsSlice())
 	copy(answer[30:], own.IPv4.AsSlice())
+	asked := fragment(ask, 9, 0, false) // as the task got it
+	copy(asked[30:], victim.IPv4.AsSlice())
+	asked = fragment(asked, 9, 0, false)
 	for _, step := range []struct {
 		what     string
 		program  *ebpf.Program
@@ -61,6 +76,7 @@ func TestServicesTranslateFragments(t *testing.T) {
 		{"one of another packet", p.objects.WeftFromContainer, fragment(ask, 8, 3, true), own.IPv4, vip, dataplane.RouterMAC},
 		{"the first of the answer", p.objects.WeftToContainer, fragment(answer, 7, 0, true), vip, own.IPv4, own.MAC},
 		{"the last of the answer", p.objects.WeftToContainer, fragment(answer, 7, 3, false), vip, own.IPv4, own.MAC},
+		{"an error of the task", p.objects.WeftToContainer, portUnreachable(answer, asked), vip, own.IPv4, own.MAC},
 		{"one of another answer", p.objects.WeftToContainer, fragment(answer, 8, 3, false), victim.IPv4, own.IPv4, own.MAC},
 	} {
 		out := make([]byte, len(step.frame)+256)
@@ -76,6 +92,9 @@ func TestServicesTranslateFragments(t *testing.T) {
 		}
 		if checksum(0, out[14:34]) != 0 {
 			t.Errorf("%s: the sum of the header is wrong", step.what)
+		}
+		if out[23] == protoICMP && (!bytes.Equal(out[58:62], vip.AsSlice()) || checksum(0, out[42:62]) != 0 || checksum(0, out[34:]) != 0) {
+			t.Errorf("%s: the packet inside went to %v, with sums %x and %x", step.what, out[58:62], checksum(0, out[42:62]), checksum(0, out[34:]))
 		}
 	}
 }

@@ -250,6 +250,43 @@ static __always_inline int translate(struct __sk_buff *skb, const struct port *p
 	return lead(skb, &f, &to);
 }
 
+/* translate_error gives an ICMP error about a packet to a task (RFC 792) the virtual
+ * address to which the client had sent it. Sums of ICMP stay right: the sum of the header
+ * inside makes up for its address. */
+static __always_inline int translate_error(struct __sk_buff *skb, __u32 vni)
+{
+	const __u32 at_inner = L4 + 8;
+	struct {
+		struct ip4 ip;
+		struct ports ports;
+	} __attribute__((packed)) in;
+	struct ip4 ip;
+	struct flow f = {};
+	__u32 *vip, to;
+	__u8 type;
+
+	if (bpf_skb_load_bytes(skb, L3, &ip, sizeof(ip)) || ip.version_ihl != 0x45 || ip.next != NEXT_ICMP || (ip.frag & IP4_PART))
+		return 1;
+	if (bpf_skb_load_bytes(skb, L4, &type, 1) || (type != 3 && type != 11 && type != 12))
+		return 1; /* unreachable, time exceeded, parameter problem */
+	if (bpf_skb_load_bytes(skb, at_inner, &in, sizeof(in)) || in.ip.version_ihl != 0x45 || (in.ip.frag & IP4_OFFSET))
+		return 1;
+	f.vni = vni;
+	f.src = in.ip.dst;
+	f.dst = in.ip.src;
+	f.proto = in.ip.next;
+	f.sport = in.ports.dst;
+	f.dport = in.ports.src;
+	vip = bpf_map_lookup_elem(&weft_flows_from, &f);
+	if (!vip)
+		return 1;
+	to = *vip;
+	if (bpf_l3_csum_replace(skb, at_inner + offsetof(struct ip4, sum), in.ip.dst, to, 4) ||
+	    bpf_skb_store_bytes(skb, at_inner + offsetof(struct ip4, dst), &to, 4, 0))
+		return 0;
+	return ip.src != in.ip.dst || rewrite(skb, offsetof(struct ip4, src), ip.src, to, 0);
+}
+
 /* translate_back gives the answer of a task the virtual address that was asked. */
 static __always_inline int translate_back(struct __sk_buff *skb, __u32 vni)
 {
@@ -264,7 +301,7 @@ static __always_inline int translate_back(struct __sk_buff *skb, __u32 vni)
 		return !known || rewrite(skb, offsetof(struct ip4, src), part.src, known->ip4, 0);
 	}
 	if (!flow_of(skb, vni, &f))
-		return 1;
+		return translate_error(skb, vni);
 	vip = bpf_map_lookup_elem(&weft_flows_from, &f);
 	if (!vip)
 		return 1;
