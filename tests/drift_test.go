@@ -107,7 +107,7 @@ var keptParts = map[string]string{
 	"links": `cd /sys/class/net; for l in weft*; do
 		echo $l $(cat $l/ifalias $l/mtu $l/address $l/flags) $(readlink $l/master) $(cat $l/brport/learning $l/brport/neigh_suppress 2>/dev/null)
 	done`,
-	"program": `for m in settings ports dests peers; do bpftool map dump pinned /sys/fs/bpf/weft-*/weft_$m; done
+	"program": `for m in settings ports dests peers services; do bpftool map dump pinned /sys/fs/bpf/weft-*/weft_$m; done
 		for l in weftv eth; do for d in $(cd /sys/class/net; ls -d $l*); do tc filter show dev $d ingress; done; done`,
 	"sysctls": "cd /proc/sys/net; grep . ipv4/conf/%B/rp_filter ipv4/conf/%B/arp_ignore ipv6/conf/%B/disable_ipv6",
 }
@@ -328,7 +328,7 @@ func (d *drift) program(t *testing.T) {
 		d.repairs(t, "program", "tc qdisc del dev "+link+" clsact")
 	}
 	const keys = `bpftool -j map dump pinned $m | tr '{' '\n' | sed -n 's/^"key":\[\([^]]*\)\].*/\1/p' | tr -d '"'`
-	for _, name := range []string{"ports", "dests", "peers"} {
+	for _, name := range []string{"ports", "dests", "peers", "services"} {
 		d.repairs(t, "program", "m=$(ls -d /sys/fs/bpf/weft-*/weft_"+name+"); for k in $("+keys+"); do bpftool map delete pinned $m key $(echo $k | tr , ' '); done")
 	}
 	reach(t, d.one, "10.32.2.10")

@@ -19,12 +19,15 @@ import (
 // it is there, nobody has cleared the map.
 var canaryDest = bpf.ProgramDestKey{Vni: 1<<32 - 1}
 
-// canaries reports whether all maps still have theirs.
+// canaries reports whether all maps that hold what is to be still have theirs.
 func (p *Program) canaries() bool {
 	var port bpf.ProgramPort
 	var d bpf.ProgramDest
 	var peer uint32
-	return p.objects.WeftPeers.Lookup(uint32(0), &peer) == nil && p.objects.WeftPorts.Lookup(uint32(0), &port) == nil && p.objects.WeftDests.Lookup(canaryDest, &d) == nil
+	var service bpf.ProgramService
+	m := &p.objects
+	return m.WeftPeers.Lookup(uint32(0), &peer) == nil && m.WeftPorts.Lookup(uint32(0), &port) == nil && m.WeftDests.Lookup(canaryDest, &d) == nil &&
+		m.WeftServices.Lookup(canaryDest, &service) == nil
 }
 
 // readProgram adds what of the program stands on the underlay's link to p.
@@ -125,7 +128,7 @@ func (k *Kernel) putProgram(o dataplane.Program) error {
 	if err := m.WeftSettings.Put(uint32(0), s); err != nil {
 		return fmt.Errorf("settings: %w", err)
 	}
-	if err := errors.Join(m.WeftPorts.Put(uint32(0), bpf.ProgramPort{}), m.WeftDests.Put(canaryDest, bpf.ProgramDest{})); err != nil {
+	if err := errors.Join(m.WeftPorts.Put(uint32(0), bpf.ProgramPort{}), m.WeftDests.Put(canaryDest, bpf.ProgramDest{}), m.WeftServices.Put(canaryDest, bpf.ProgramService{})); err != nil {
 		return err
 	}
 	k.program.used.Store(true)
