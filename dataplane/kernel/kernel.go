@@ -127,6 +127,9 @@ func New(cfg Config) (_ *Kernel, err error) {
 	if k.ns, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 		return nil, err
 	}
+	if err := k.forgetLeft(); err != nil {
+		k.log.Warn("connections to tasks that are gone may hang", "err", err)
+	}
 	if loose, err := os.ReadFile("/proc/sys/net/ipv4/conf/all/rp_filter"); err == nil && string(loose) == "2\n" {
 		k.log.Warn("net.ipv4.conf.all.rp_filter is 2: without Weft's rules, containers on Weft networks can send to this host; set it to 0 or 1")
 	}

@@ -46,7 +46,8 @@ func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 		if err := m.WeftServices.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return err
 		}
-		_, err := k.forgetFlows(o, nil) // nothing answers for the address any more
+		// Nothing answers for the address any more, so nobody is woken.
+		_, err := k.forgetFlows(func(f bpf.ProgramFlow, _ uint32) bool { return ofService(f, o) })
 		return err
 	}
 	var old bpf.ProgramService
@@ -55,29 +56,30 @@ func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 	if err := m.WeftServices.Put(key, value); err != nil {
 		return err
 	}
-	now := map[uint32]bool{}
-	for _, b := range value.Backends[:value.N] {
-		now[b.Ip4] = true
-	}
-	for _, b := range old.Backends[:min(old.N, dataplane.MaxBackends)] {
-		if !now[b.Ip4] {
-			forgotten, err := k.forgetFlows(o, now)
-			return errors.Join(err, k.wake(forgotten))
+	now := tasksOf(value)
+	for task := range tasksOf(old) {
+		if !now[task] {
+			streams, err := k.forgetFlows(func(f bpf.ProgramFlow, task uint32) bool { return ofService(f, o) && !now[task] })
+			return errors.Join(err, k.wake(streams))
 		}
 	}
 	return nil
 }
 
-// forgetFlows forgets the flows to a virtual address whose task is not among those kept,
-// and returns those of TCP.
-func (k *Kernel) forgetFlows(o dataplane.Service, kept map[uint32]bool) (streams []bpf.ProgramFlow, err error) {
+func ofService(f bpf.ProgramFlow, o dataplane.Service) bool {
+	return f.Vni == uint32(o.VNI) && f.Dst == fromAddr4(o.VIP)
+}
+
+// forgetFlows forgets the flows to virtual addresses that lead to tasks that are gone, and
+// returns those of TCP.
+func (k *Kernel) forgetFlows(gone func(f bpf.ProgramFlow, task uint32) bool) (streams []bpf.ProgramFlow, err error) {
 	m := k.program.objects.WeftFlowsTo
 	all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](m)
 	if err != nil {
 		return nil, fmt.Errorf("read flows: %w", err)
 	}
 	for key, to := range all {
-		if key.Vni != uint32(o.VNI) || key.Dst != fromAddr4(o.VIP) || kept[to.Ip4] {
+		if !gone(key, to.Ip4) {
 			continue
 		}
 		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -88,6 +90,37 @@ func (k *Kernel) forgetFlows(o dataplane.Service, kept map[uint32]bool) (streams
 		}
 	}
 	return streams, nil
+}
+
+// forgetLeft forgets the flows that a former process did not come to, because it died
+// after it had changed a service.
+func (k *Kernel) forgetLeft() error {
+	if k.program.err != nil {
+		return nil
+	}
+	tasks := map[bpf.ProgramDestKey]map[uint32]bool{}
+	var key bpf.ProgramDestKey
+	var value bpf.ProgramService
+	all := k.program.objects.WeftServices.Iterate()
+	for all.Next(&key, &value) {
+		tasks[key] = tasksOf(value)
+	}
+	if err := all.Err(); err != nil {
+		return fmt.Errorf("read the program's services: %w", err)
+	}
+	streams, err := k.forgetFlows(func(f bpf.ProgramFlow, task uint32) bool {
+		service, ok := tasks[bpf.ProgramDestKey{Vni: f.Vni, At: fromAddr(toAddr4(f.Dst))}]
+		return ok && !service[task]
+	})
+	return errors.Join(err, k.wake(streams))
+}
+
+func tasksOf(v bpf.ProgramService) map[uint32]bool {
+	out := map[uint32]bool{}
+	for _, b := range v.Backends[:min(v.N, dataplane.MaxBackends)] {
+		out[b.Ip4] = true
+	}
+	return out
 }
 
 func serviceValue(o dataplane.Service) (v bpf.ProgramService) {

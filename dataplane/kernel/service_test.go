@@ -98,3 +98,31 @@ func TestServicesTranslateOddities(t *testing.T) {
 		}
 	}
 }
+
+// TestFlowsLeftAreForgotten has flows to a task that is in no service any more, as a
+// process leaves them that dies in mid-change.
+func TestFlowsLeftAreForgotten(t *testing.T) {
+	kerneltest.Netns(t)
+	p, _ := guarded(t, dataplane.Port{Fast: true, Services: true})
+	vip, gone := netip.MustParseAddr("10.1.0.200"), netip.MustParseAddr("10.1.0.77")
+	o := dataplane.Service{VNI: 1, VIP: vip, Backends: victim.IPv4.String() + " " + victim.MAC.String()}
+	must(t, p.objects.WeftServices.Put(bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}, serviceValue(o)))
+	flow := func(to, task netip.Addr, port uint16) bpf.ProgramFlow {
+		f := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(own.IPv4), Dst: fromAddr4(to), Sport: port, Dport: 53, Proto: 6}
+		must(t, p.objects.WeftFlowsTo.Put(f, bpf.ProgramFlowTo{Ip4: fromAddr4(task)}))
+		return f
+	}
+	lives, left, other := flow(vip, victim.IPv4, 1), flow(vip, gone, 2), flow(netip.MustParseAddr("10.1.0.201"), gone, 3)
+	k := &Kernel{program: p}
+	must(t, k.forgetLeft())
+	var to bpf.ProgramFlowTo
+	for _, c := range []struct {
+		what string
+		flow bpf.ProgramFlow
+		kept bool
+	}{{"to a task of the service", lives, true}, {"to one that is gone", left, false}, {"of no service that is known", other, true}} {
+		if err := p.objects.WeftFlowsTo.Lookup(c.flow, &to); (err == nil) != c.kept {
+			t.Errorf("flow %s: %v", c.what, err)
+		}
+	}
+}
