@@ -211,8 +211,8 @@ func TestQueueSendsEveryDigest(t *testing.T) {
 		}
 	}
 	for _, d := range all[1:] {
-		if n := sent[string(d.encode())]; n != 4 {
-			t.Errorf("%+v was sent %d times, want 4", d, n)
+		if n := sent[string(d.encode())]; n != 8 {
+			t.Errorf("%+v was sent %d times, want 8", d, n)
 		}
 	}
 }

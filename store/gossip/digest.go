@@ -167,6 +167,11 @@ func (b *broadcast) Finished() {}
 // Invalidates implements memberlist.Broadcast; the queue compares Name itself.
 func (b *broadcast) Invalidates(memberlist.Broadcast) bool { return false }
 
+// fewHosts is as how many hosts fewer are counted. Digests also go to members that are
+// dead for less than half a minute, and a host that moves leaves one at each address: of
+// the four sendings that three hosts would get, all may go to those.
+const fewHosts = 99
+
 // newQueue returns a queue that keeps digests until each was sent to about
 // 4·log10(hosts) members.
 //
@@ -175,7 +180,7 @@ func (b *broadcast) Invalidates(memberlist.Broadcast) bool { return false }
 // they have one length too, as digests do, one takes the other's place unsent. So
 // the queue is never empty.
 func newQueue(hosts func() int) *memberlist.TransmitLimitedQueue {
-	q := &memberlist.TransmitLimitedQueue{NumNodes: hosts, RetransmitMult: 4}
+	q := &memberlist.TransmitLimitedQueue{NumNodes: func() int { return max(hosts(), fewHosts) }, RetransmitMult: 4}
 	q.QueueBroadcast(&broadcast{name: "never sent", msg: make([]byte, maxPacket)})
 	return q
 }
