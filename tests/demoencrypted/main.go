@@ -169,7 +169,7 @@ func (d *demo) rotate() error {
 	if _, err := d.Exec(h, "weft", "encryption", "rotate"); err != nil {
 		return err
 	}
-	for range 60 {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		out, err := h.Exec(d.Ctx, "weft", "encryption")
 		if err != nil {
 			return err
