@@ -71,17 +71,25 @@ func NetworkAlias(n store.Network) string {
 	if n.AnyEthertype {
 		how += "t"
 	}
-	s := fmt.Sprintf("%snet %d %s %d %s", AliasPrefix, n.VNI, n.ID, n.MTU, how)
-	sep := " "
+	var subnets []string
 	for _, sub := range n.Subnets {
-		part := sep + sub.Pool.String()
+		part := sub.Pool.String()
 		if sub.Gateway.IsValid() {
 			part += "=" + sub.Gateway.String()
 		}
-		if len(s)+len(part) > maxAlias {
+		subnets = append(subnets, part)
+	}
+	return withList(fmt.Sprintf("%snet %d %s %d %s", AliasPrefix, n.VNI, n.ID, n.MTU, how), subnets)
+}
+
+// withList appends a list to an alias, as far as it fits.
+func withList(s string, list []string) string {
+	sep := " "
+	for _, part := range list {
+		if len(s)+len(sep)+len(part) > maxAlias {
 			break
 		}
-		s += part
+		s += sep + part
 		sep = ","
 	}
 	return s
@@ -133,16 +141,11 @@ func EndpointAlias(e store.Endpoint) string {
 	case len(e.Ports) > 0:
 		s += " -"
 	}
-	sep := " "
+	var ports []string
 	for _, p := range e.Ports {
-		part := sep + portText(p)
-		if len(s)+len(part) > maxAlias {
-			break
-		}
-		s += part
-		sep = ","
+		ports = append(ports, portText(p))
 	}
-	return s
+	return withList(s, ports)
 }
 
 // ParseEndpointAlias reads EndpointAlias back. Of a joined endpoint the sandbox is
@@ -176,12 +179,11 @@ func ParseEndpointAlias(s string) (store.Endpoint, bool) {
 
 // portText is a published port as docker run -p has it: [address:]port:port[/protocol].
 func portText(p store.Port) string {
-	s := fmt.Sprintf("%d:%d", p.HostPort, p.Port)
-	if p.HostIP.Is6() {
-		s = "[" + p.HostIP.String() + "]:" + s
-	} else if p.HostIP.IsValid() {
-		s = p.HostIP.String() + ":" + s
+	host := strconv.Itoa(int(p.HostPort))
+	if p.HostIP.IsValid() {
+		host = netip.AddrPortFrom(p.HostIP, p.HostPort).String()
 	}
+	s := fmt.Sprintf("%s:%d", host, p.Port)
 	if p.Proto != "tcp" {
 		s += "/" + p.Proto
 	}
@@ -200,17 +202,16 @@ func parsePort(s string) (store.Port, bool) {
 		return p, false
 	}
 	inner, err := strconv.ParseUint(s[at+1:], 10, 16)
-	outer := s[:at]
-	if at := strings.LastIndexByte(outer, ':'); at >= 0 {
-		var err error
-		if p.HostIP, err = netip.ParseAddr(strings.Trim(outer[:at], "[]")); err != nil {
-			return p, false
-		}
-		outer = outer[at+1:]
+	if err != nil {
+		return p, false
 	}
-	host, err2 := strconv.ParseUint(outer, 10, 16)
-	p.Port, p.HostPort = uint16(inner), uint16(host)
-	return p, err == nil && err2 == nil && p.Port != 0 && p.HostPort != 0 && slices.Contains([]string{"tcp", "udp", "sctp"}, p.Proto)
+	p.Port = uint16(inner)
+	if host, err := netip.ParseAddrPort(s[:at]); err == nil {
+		p.HostIP, p.HostPort = host.Addr(), host.Port()
+	} else if host, err := strconv.ParseUint(s[:at], 10, 16); err == nil {
+		p.HostPort = uint16(host)
+	}
+	return p, p.Port != 0 && p.HostPort != 0 && slices.Contains([]string{"tcp", "udp", "sctp"}, p.Proto)
 }
 
 // AliasVNI returns the network that a link of ours belongs to.

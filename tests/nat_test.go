@@ -31,7 +31,7 @@ func TestNAT(t *testing.T) {
 		}
 	})
 	install(t, lab, pluginDir(t, "", "test"), clusterKey)
-	n := &nat{lab: lab, router: lab.Router("home"), a: lab.Hosts[0], b: lab.Hosts[1], c: lab.Hosts[2]}
+	n := &nat{lab: lab, network: "enc", router: lab.Router("home"), a: lab.Hosts[0], b: lab.Hosts[1], c: lab.Hosts[2]}
 	createNetwork(t, lab, "enc", 90, "-o", "encrypted", "--gateway", "10.90.0.1")
 	for _, h := range lab.Hosts {
 		n.containers = append(n.containers, run(t, h, "web", "--network", "enc"))
@@ -49,7 +49,8 @@ type nat struct {
 	lab        *hosts.Lab
 	router     *hosts.Router
 	a, b, c    *hosts.Host
-	containers []hosts.Container // of a, b and c
+	network    string
+	containers []hosts.Container // on it, of all hosts
 }
 
 // allTalk lets every container reach every other one, and sends the marker.
@@ -58,7 +59,7 @@ func (n *nat) allTalk(t *testing.T) (ways int) {
 	for _, from := range n.containers {
 		for _, to := range n.containers {
 			if from != to {
-				address := addressOf(t, to, "enc").String()
+				address := addressOf(t, to, n.network).String()
 				reachWithin(t, 30*time.Second, from, address)
 				sendText(t, from, address, marker)
 				ways++
@@ -250,19 +251,12 @@ func TestNATsAlike(t *testing.T) {
 	createNetwork(t, lab, "enc", 97, "-o", "encrypted", "--gateway", "10.97.0.1")
 	createNetwork(t, lab, "flat", 98, "-o", "mode=routed", "--gateway", "10.98.0.1")
 	ways := 0
-	for _, network := range []string{"enc", "flat"} {
-		var members []hosts.Container
+	for _, n.network = range []string{"enc", "flat"} {
+		n.containers = nil
 		for _, h := range lab.Hosts {
-			members = append(members, run(t, h, "c"+network, "--network", network))
+			n.containers = append(n.containers, run(t, h, "c"+n.network, "--network", n.network))
 		}
-		for _, from := range members {
-			for _, to := range members {
-				if from != to {
-					reachWithin(t, 30*time.Second, from, addressOf(t, to, network).String())
-					ways++
-				}
-			}
-		}
+		ways += n.allTalk(t)
 	}
 	seen := func(context.Context) (err error) {
 		for _, from := range lab.Hosts {

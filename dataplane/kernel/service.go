@@ -19,13 +19,21 @@ func (k *Kernel) readServices(p dataplane.Plan, v store.VNI) error {
 	if k.program.err != nil {
 		return nil
 	}
+	return k.eachService(func(key bpf.ProgramDestKey, value bpf.ProgramService) {
+		if store.VNI(key.Vni) == v {
+			p.Add(serviceObject(key, value))
+		}
+	})
+}
+
+// eachService calls fn for each service that the program has, one by one: a batch of
+// values of this size would be 25 MB.
+func (k *Kernel) eachService(fn func(bpf.ProgramDestKey, bpf.ProgramService)) error {
 	var key bpf.ProgramDestKey
 	var value bpf.ProgramService
 	all := k.program.objects.WeftServices.Iterate()
 	for all.Next(&key, &value) {
-		if store.VNI(key.Vni) == v {
-			p.Add(serviceObject(key, value))
-		}
+		fn(key, value)
 	}
 	if err := all.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return fmt.Errorf("read the program's services: %w", err)
@@ -99,14 +107,9 @@ func (k *Kernel) forgetLeft() error {
 		return nil
 	}
 	tasks := map[bpf.ProgramDestKey]map[uint32]bool{}
-	var key bpf.ProgramDestKey
-	var value bpf.ProgramService
-	all := k.program.objects.WeftServices.Iterate()
-	for all.Next(&key, &value) {
-		tasks[key] = tasksOf(value)
-	}
-	if err := all.Err(); err != nil {
-		return fmt.Errorf("read the program's services: %w", err)
+	err := k.eachService(func(key bpf.ProgramDestKey, value bpf.ProgramService) { tasks[key] = tasksOf(value) })
+	if err != nil {
+		return err
 	}
 	streams, err := k.forgetFlows(func(f bpf.ProgramFlow, task uint32) bool {
 		service, ok := tasks[bpf.ProgramDestKey{Vni: f.Vni, At: fromAddr(toAddr4(f.Dst))}]

@@ -197,8 +197,8 @@ func (c *Cluster) Run(ctx context.Context) error {
 		c.log.Warn("no cluster key is set: gossip is not encrypted and any host that reaches this one can join; set WEFT_KEY on all hosts")
 	}
 	watch := c.db.Watch()
-	if err := errors.Join(c.publish(), c.recallWays()); err != nil {
-		return fmt.Errorf("read own networks and peers: %w", err)
+	if err := c.publish(); err != nil {
+		return fmt.Errorf("read own networks: %w", err)
 	}
 	if err := c.remember(); err != nil {
 		return fmt.Errorf("read peers: %w", err)
@@ -210,12 +210,16 @@ func (c *Cluster) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// remember puts the peers of the database into the table.
+// remember puts the peers of the database into the table, and the ways to them that were
+// found.
 func (c *Cluster) remember() error {
 	return c.db.View(func(tx *store.Tx) error {
 		peers, err := tx.Peers()
 		for _, p := range peers {
 			c.table.remember(p.ID)
+			if p.Away {
+				c.ways.set(p.Host, true, time.Time{})
+			}
 		}
 		return err
 	})

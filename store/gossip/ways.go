@@ -50,19 +50,6 @@ func (w *ways) set(h store.Host, away bool, now time.Time) {
 	w.peers[h.ID] = found{at: h.Address, away: away, when: now}
 }
 
-// recallWays takes over what the database says of the peers.
-func (c *Cluster) recallWays() error {
-	return c.db.View(func(tx *store.Tx) error {
-		peers, err := tx.Peers()
-		for _, p := range peers {
-			if p.Away {
-				c.ways.set(p.Host, true, time.Time{})
-			}
-		}
-		return err
-	})
-}
-
 // doubtful reports whether a host's address may be one on this host's link or one in a
 // network behind another NAT.
 func (c *Cluster) doubtful(h store.Host) bool {

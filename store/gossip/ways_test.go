@@ -91,7 +91,7 @@ func TestWaysOfDoubt(t *testing.T) {
 	}
 	// What the database says is known to the next process, but not of another address.
 	here.update(func(tx *store.Tx) error { return tx.PutPeer(store.Peer{Host: r.Host, Away: true}) })
-	if err := here.c.recallWays(); err != nil || here.c.wayTo(r.Host) != public {
+	if err := here.c.remember(); err != nil || here.c.wayTo(r.Host) != public {
 		t.Errorf("read from the database: %v, %s", err, here.c.wayTo(r.Host))
 	}
 	r.Address = inside.Next()
