@@ -24,9 +24,9 @@ type rotator struct {
 const (
 	// wayTime is how long hosts that answer nothing are waited for, on a new way.
 	wayTime = 10 * time.Second
-	// moveTime is how long all peers have to hear that traffic takes another way, and
+	// moveTime is how long all peers have to hear of a step and to act on it, and
 	// movePerPeer how much longer for each of them.
-	moveTime    = 2 * time.Second
+	moveTime    = 3 * time.Second
 	movePerPeer = 5 * time.Millisecond
 	rotatePoll  = 200 * time.Millisecond
 	// agePoll is how often the age of the key is looked at.
@@ -95,7 +95,11 @@ func (r *rotator) finish(ctx context.Context) error {
 			r.awaitMove(ctx)
 			st.Keys = []wgKey{st.Keys[1], st.Keys[1]}
 		case st.Last:
-			r.awaitWay(ctx, 0, time.Now())
+			// A peer that answers on a way takes packets from it a little later, when its
+			// pass over the network is done.
+			begun := time.Now()
+			r.awaitMove(ctx)
+			r.awaitWay(ctx, 0, begun)
 			st.Last = false
 		default:
 			r.awaitMove(ctx)
@@ -120,7 +124,7 @@ func (r *rotator) awaitWay(ctx context.Context, way int, begun time.Time) {
 	}
 }
 
-// awaitMove gives all peers the time to hear that traffic takes another way.
+// awaitMove gives all peers the time to hear of a step and to act on it.
 func (r *rotator) awaitMove(ctx context.Context) {
 	host, err := r.db.HostSnapshot()
 	if peers := len(dataplane.TunnelPeers(host, r.loop.Underlay())); err == nil && peers > 0 {

@@ -52,6 +52,8 @@ func encryptedTraffic(t *testing.T, on bool) {
 			t.Errorf("state of the device: %+v, %v", all, err)
 		} else if guest := os.Getenv("WEFT_GUEST") != ""; all[0].Module != guest {
 			t.Errorf("the kernel's module encrypts: %t, want %t", all[0].Module, guest)
+		} else if at := all[0].Peers[0].Handshake; at.Nanosecond() == 0 {
+			t.Errorf("the handshake was at %v: a change of keys waits for those after a moment, which whole seconds hide", at)
 		}
 	})
 	if on { // nothing passes the stack any more

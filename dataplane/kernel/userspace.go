@@ -228,6 +228,9 @@ func stateField(out *wgtypes.Device, p *wgtypes.Peer, name, value string) error 
 			p.LastHandshakeTime = time.Unix(number, 0)
 		}
 		return numberErr
+	case "last_handshake_time_nsec": // comes after the seconds
+		p.LastHandshakeTime = p.LastHandshakeTime.Add(time.Duration(number))
+		return numberErr
 	case "rx_bytes":
 		p.ReceiveBytes = number
 		return numberErr
