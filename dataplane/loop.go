@@ -265,7 +265,8 @@ func (l *Loop) markAll(ctx context.Context) {
 	}
 }
 
-// next returns a network whose pass is due, or how long to wait for one.
+// next returns a network whose pass is due, the host before others, which need its
+// devices, or how long to wait for one.
 func (l *Loop) next(now time.Time) (v store.VNI, wait time.Duration, due bool) {
 	wait = auditEvery
 	for id, n := range l.networks {
@@ -276,13 +277,13 @@ func (l *Loop) next(now time.Time) (v store.VNI, wait time.Duration, due bool) {
 		if at.Before(l.rest) {
 			at = l.rest
 		}
-		if d := at.Sub(now); d <= 0 {
-			return id, 0, true
-		} else if d < wait {
-			wait = d
+		d := at.Sub(now)
+		if d <= 0 && (!due || id == store.HostVNI) {
+			v, due = id, true
 		}
+		wait = min(wait, max(0, d))
 	}
-	return 0, wait, false
+	return v, wait, due
 }
 
 // Sync returns nil when the kernel holds the endpoint of the network; with no

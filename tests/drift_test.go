@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -94,45 +92,15 @@ func (d *drift) score(t *testing.T) {
 	figure(t, "K1 K4 drift repaired, "+d.backend, d.broken, "slowest %s (%s); target 2 s", d.slowest.Round(10*time.Millisecond), d.what)
 }
 
-// counter is what differs between two listings of the same things.
-var counter = regexp.MustCompile(`\[\d+:\d+\] ?`)
-
-// What the plugin keeps on a host, by part; %B is the bridge, %I the backend.
-var keptParts = map[string]string{
-	"rules":  "iptables-%I-save | grep -i weft",
-	"rules6": "ip6tables-%I-save | grep -i weft",
-	"sets":   "ipset save | grep weft",
-	// Without the multicast groups that the kernel joins as it likes.
-	"entries": "bridge fdb show | grep weft | grep -v ^33:33: | grep -v ^01:00:5e:; ip neighbour show nud permanent | grep weft",
-	"links": `cd /sys/class/net; for l in weft*; do
-		echo $l $(cat $l/ifalias $l/mtu $l/address $l/flags) $(readlink $l/master) $(cat $l/brport/learning $l/brport/neigh_suppress 2>/dev/null)
-	done`,
-	"program": `for m in settings ports dests peers services; do bpftool map dump pinned /sys/fs/bpf/weft-*/weft_$m; done
-		for l in weftv eth; do for d in $(cd /sys/class/net; ls -d $l*); do tc filter show dev $d ingress; done; done`,
-	"sysctls": "cd /proc/sys/net; grep . ipv4/conf/%B/rp_filter ipv4/conf/%B/arp_ignore ipv6/conf/%B/disable_ipv6",
-}
-
 const everyPart = "rules rules6 sets entries links sysctls program"
 
-// kept lists what the plugin keeps on the host, and what a repair must bring back:
-// the parts named, since each costs processes.
+// kept lists what the plugin keeps on the host, and what a repair must bring back.
 func (d *drift) kept(ctx context.Context, parts string) (string, error) {
 	return d.keptOn(ctx, d.h, parts)
 }
 
 func (d *drift) keptOn(ctx context.Context, h *hosts.Host, parts string) (string, error) {
-	var script []string
-	for part := range strings.FieldsSeq(parts) {
-		script = append(script, keptParts[part])
-	}
-	text := strings.NewReplacer("%B", d.net.Bridge, "%I", d.backend).Replace(strings.Join(script, "\n") + "\ntrue")
-	out, err := h.Exec(ctx, "sh", "-c", text)
-	var lines []string
-	for line := range strings.Lines(out) {
-		lines = append(lines, strings.TrimSpace(counter.ReplaceAllString(line, "")))
-	}
-	slices.Sort(lines)
-	return strings.Join(lines, "\n"), err
+	return kept(ctx, h, d.backend, d.net.Bridge, parts)
 }
 
 // repairs runs commands that damage parts of what is kept, waits until all is as
@@ -190,25 +158,6 @@ func (d *drift) said(t *testing.T) int {
 		t.Fatal(err)
 	}
 	return strings.Count(string(raw), "kernel repaired") + strings.Count(string(raw), "kernel matches the records again")
-}
-
-func difference(before, now string) string {
-	a, b := strings.Split(before, "\n"), strings.Split(now, "\n")
-	var out strings.Builder
-	for _, line := range a {
-		if !slices.Contains(b, line) {
-			fmt.Fprintln(&out, "-", line)
-		}
-	}
-	for _, line := range b {
-		if !slices.Contains(a, line) {
-			fmt.Fprintln(&out, "+", line)
-		}
-	}
-	if out.Len() == 0 {
-		return fmt.Sprintf("another number of lines:\n%s", now)
-	}
-	return out.String()
 }
 
 // rules flushes each chain, deletes each single rule and each jump, and flushes

@@ -151,7 +151,7 @@ func flood(t *testing.T, from []hosts.Container, to []netip.Addr) (sent func() i
 		}
 		wait.Go(func() {
 			defer c.Close()
-			for tick := time.NewTicker(10 * time.Millisecond); ctx.Err() == nil; <-tick.C {
+			for tick := time.NewTicker(30 * time.Millisecond); ctx.Err() == nil; <-tick.C {
 				for _, a := range to {
 					if _, err := c.WriteToUDPAddrPort([]byte(marker), netip.AddrPortFrom(a, 7777)); err == nil {
 						count.Add(1)
@@ -203,15 +203,7 @@ func (e *encrypted) faults(t *testing.T) {
 		"ip link del weftw0; ip route flush table 4796; iptables -t filter -F; iptables -t raw -F",
 	}
 	for _, fault := range faults {
-		if _, err := a.Exec(t.Context(), "sh", "-c", fault); err != nil {
-			t.Fatalf("%s: %v", fault, err)
-		}
-		eventually(t, 30*time.Second, "repaired after "+fault, func(ctx context.Context) error {
-			if out, err := a.Exec(ctx, "weft", "audit"); err != nil {
-				return fmt.Errorf("%w: %s", err, out)
-			}
-			return nil
-		})
+		repaired(t, a, "rules rules6 links routes encryption", fault)
 		reach(t, from, address.String())
 		reach(t, from, "fd00:91::a2")
 		reach(t, to, addressOf(t, from, "encr").String())

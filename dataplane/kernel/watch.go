@@ -263,16 +263,29 @@ func (w *watch) linkEvent(m message) []store.VNI {
 		return nil // counters, carrier
 	}
 	out := w.of(before.link.master, l.master)
-	if before.link.isTunnel() || l.isTunnel() {
-		out = append(out, store.HostVNI)
-	}
 	for _, v := range []store.VNI{before.vni, now.vni} {
 		if v != 0 {
 			out = append(out, v)
 		}
 	}
-	if l.index == w.k.underlay.Load() {
+	if before.link.isTunnel() || l.isTunnel() || l.index == w.k.underlay.Load() {
 		out = append(out, store.HostVNI)
+		if before.link.up && !now.link.up {
+			out = append(out, w.routed()...)
+		}
+	}
+	return out
+}
+
+// routed returns the networks that may have routes through links of the host. With a
+// link that goes down or away the kernel takes its IPv4 routes, and tells nobody of
+// them (fib_sync_down_dev in net/ipv4/fib_semantics.c).
+func (w *watch) routed() []store.VNI {
+	var out []store.VNI
+	for _, s := range w.links {
+		if s.vni != 0 {
+			out = append(out, s.vni)
+		}
 	}
 	return out
 }
