@@ -2,6 +2,7 @@ package tests
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -80,10 +81,13 @@ func TestDamagedDatabaseIsRebuilt(t *testing.T) {
 			}
 			return err
 		})
-		status, _ := a.Exec(t.Context(), "weft", "status")
-		if !strings.Contains(status, d.said) || !strings.Contains(status, "2 networks, 3 endpoints") {
-			t.Errorf("%s: weft status does not say it:\n%s", d.name, status)
-		}
+		eventually(t, 10*time.Second, d.name+": weft status says it", func(ctx context.Context) error {
+			status, _ := a.Exec(ctx, "weft", "status") // there is a problem, so it exits with 1
+			if !strings.Contains(status, d.said) || !strings.Contains(status, "2 networks, 3 endpoints") {
+				return errors.New(status)
+			}
+			return nil
+		})
 		unleaked(t, a, before, "plugin file")
 		if got := ports(); got != published {
 			t.Errorf("%s: weft ports shows\n%s\nwant\n%s", d.name, got, published)
