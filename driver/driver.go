@@ -174,11 +174,22 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 	if n.ID.OfSwarm() {
 		n.Term = d.term()
 	}
+	put := func(tx *store.Tx) error {
+		self := d.DB.Self().Address
+		others := slices.DeleteFunc(slices.Clone(n.Meet), func(a netip.Addr) bool { return a == self })
+		if err := tx.Meet(others, time.Now()); err != nil {
+			return err
+		}
+		return tx.PutNetwork(*n)
+	}
 	err = d.DB.Update(ctx, func(tx *store.Tx) error {
 		old, err := tx.Network(n.ID)
 		if err == nil {
 			if n.VNI == 0 {
 				n.VNI = old.VNI
+			}
+			if completes(old, *n) {
+				return put(tx)
 			}
 			if !reflect.DeepEqual(normal(old), normal(*n)) {
 				return fmt.Errorf("network %s exists with subnets %v and options %v, not %v and %v; remove it first",
@@ -200,14 +211,16 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 			return err
 		}
 		made = true
-		self := d.DB.Self().Address
-		others := slices.DeleteFunc(slices.Clone(n.Meet), func(a netip.Addr) bool { return a == self })
-		if err := tx.Meet(others, time.Now()); err != nil {
-			return err
-		}
-		return tx.PutNetwork(*n)
+		return put(tx)
 	})
 	return made, err
+}
+
+// completes reports whether n is a network that was recovered from the kernel, with what
+// is not there. The kernel may have fewer of its subnets.
+func completes(old, n store.Network) bool {
+	return old.Recovered && len(old.Subnets) <= len(n.Subnets) && slices.Equal(old.Prefixes(), n.Prefixes()[:len(old.Subnets)]) &&
+		old.VNI == n.VNI && old.Mode == n.Mode && old.Encrypted == n.Encrypted && old.Internal == n.Internal && old.OwnGateway() == n.OwnGateway()
 }
 
 // normal removes what is no difference: nothing and an empty map, and when Docker asked.

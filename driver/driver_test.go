@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -413,6 +414,35 @@ func TestRefusedHostMakesNothing(t *testing.T) {
 	}
 	if after := state(t, d); after != before {
 		t.Errorf("records changed:\n%s\n%s", before, after)
+	}
+}
+
+// A network that was made from the kernel's links takes what they lack from the next call.
+func TestRecoveredNetworkIsCompleted(t *testing.T) {
+	d, _ := newDriver(t)
+	key := strings.Repeat("ab", 32)
+	options := fmt.Sprintf(`"weft.vni":"5000","weft.key":%q`, key)
+	recovered := store.Network{ID: netA, VNI: 5000, Mode: store.ModeVXLAN, Recovered: true, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("10.50.0.0/24")}}}
+	if err := d.DB.Update(t.Context(), func(tx *store.Tx) error { return tx.PutNetwork(recovered) }); err != nil {
+		t.Fatal(err)
+	}
+	before := state(t, d)
+	_, err := d.CreateNetwork(t.Context(), decode[network.CreateNetworkRequest](t, createNet(netA, "10.51.0.0/24", options)))
+	if err == nil || !strings.Contains(err.Error(), "exists with subnets [10.50.0.0/24]") || state(t, d) != before {
+		t.Errorf("other subnets: %v", err)
+	}
+	for range 2 { // the second finds it whole
+		mustNet(t, d, createNet(netA, "10.50.0.0/24", options))
+	}
+	err = d.DB.View(func(tx *store.Tx) error {
+		n, err := tx.Network(netA)
+		if err == nil && (n.Recovered || hex.EncodeToString(n.Key) != key || n.Options["weft.key"] != key) {
+			err = fmt.Errorf("it is %+v", n)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 

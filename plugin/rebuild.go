@@ -51,6 +51,7 @@ func rebuild(ctx context.Context, dir string, db *store.DB, k *kernel.Kernel) (s
 // putRecovered writes what the kernel told, as far as it hangs together.
 func putRecovered(tx *store.Tx, networks []store.Network, endpoints []store.Endpoint) (restored int, err error) {
 	for _, n := range networks {
+		n.Recovered = true
 		if err := tx.PutNetwork(n); err != nil {
 			return 0, err
 		}

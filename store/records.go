@@ -204,6 +204,9 @@ type Network struct {
 	// Key is known to the hosts that may run the network, 32 bytes, or nil: then
 	// every host that runs the same VNI and subnets is believed.
 	Key []byte `json:"key,omitempty"`
+	// Recovered: the record was made from the kernel and lacks what is not there, as
+	// options and key.
+	Recovered bool `json:"recovered,omitempty"`
 }
 
 // Prefixes returns the address ranges of the network in order.
