@@ -90,7 +90,7 @@ func options() []Option {
 				s.internal, err = parseBool(v)
 				return err
 			}},
-		{Key: "encrypted", Default: "false", Help: "between hosts everything goes through WireGuard, nothing ever plain; needs a cluster key (`WEFT_KEY_FILE`) or one of the network (`key`), which Swarm's networks have. Hosts route to its containers, also with `mode=vxlan`: broadcast does not reach others",
+		{Key: "encrypted", Default: "false", Help: "between hosts everything goes through WireGuard, nothing ever plain; needs a cluster key (`WEFT_KEY_FILE`) or one of the network (`key`), which those of Swarm have under `WEFT_SCOPE=global`. Hosts route to its containers, also with `mode=vxlan`: broadcast does not reach others",
 			set: func(s *settings, v string) (err error) {
 				s.encrypted, err = parseBool(v)
 				return err
@@ -101,7 +101,7 @@ func options() []Option {
 				s.unguarded = !on
 				return err
 			}},
-		{Key: "fastpath", Default: "true", Help: "packets between containers of the network go past bridge, routes and iptables of the host; false where rules of yours (`DOCKER-USER`) must see them",
+		{Key: "fastpath", Default: "true", Help: "packets between containers of the network go past bridge, routes and iptables of the host; false where rules of yours (`DOCKER-USER`) must see them; virtual addresses of Swarm's services are not answered then, use `dnsrr`",
 			set: func(s *settings, v string) error {
 				on, err := parseBool(v)
 				s.slow = !on
@@ -123,7 +123,7 @@ func options() []Option {
 				s.ifname = v
 				return nil
 			}},
-		{Key: "key", Help: "key of the network, 64 hex digits: hosts believe each other's records of it only when both have it. In Swarm Weft makes one for each network",
+		{Key: "key", Help: "key of the network, 64 hex digits: hosts believe each other's records of it only when both have it. Under `WEFT_SCOPE=global` Weft makes one for each network",
 			set: func(s *settings, v string) error {
 				key, err := hex.DecodeString(v)
 				if err != nil || len(key) != keyBytes {
@@ -132,7 +132,7 @@ func options() []Option {
 				s.key = key
 				return nil
 			}},
-		{Key: "meet", Help: "addresses of hosts to meet, separated by commas, beside WEFT_JOIN. In Swarm Weft gives that of the leader",
+		{Key: "meet", Help: "addresses of hosts to meet, separated by commas, beside WEFT_JOIN. Under `WEFT_SCOPE=global` Weft gives that of the leader",
 			set: func(s *settings, v string) error {
 				for _, text := range strings.Split(v, ",") {
 					a, err := netip.ParseAddr(strings.TrimSpace(text))

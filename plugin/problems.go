@@ -135,7 +135,11 @@ func unreadyProblem(s statusReply) problem {
 	if s.Error == "" {
 		return problem{Text: "weft is still " + s.Stage, Remedy: "wait a moment; if it stays so, look into the log of dockerd"}
 	}
-	return problem{Text: "every call of Docker is refused: " + s.Error, Remedy: "running containers keep their networks; it is tried again every few seconds"}
+	remedy := "running containers keep their networks; it is tried again every few seconds"
+	if strings.HasPrefix(s.Error, "setting") {
+		remedy = "running containers keep their networks; settings, and the files that they name, are read when the plugin starts"
+	}
+	return problem{Text: "every call of Docker is refused: " + s.Error, Remedy: remedy}
 }
 
 // problems says in words what is wrong, the worst first.

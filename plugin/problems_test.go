@@ -132,3 +132,15 @@ func TestRefusalEndsWithTheNetwork(t *testing.T) {
 		t.Errorf("where Docker does not tell, %q is told, want all", got)
 	}
 }
+
+// What cannot change by waiting does not say that it is tried again.
+func TestWrongSettingsAreNotTriedAgain(t *testing.T) {
+	for text, want := range map[string]string{
+		"setting WEFT_KEY_FILE: open /var/lib/weft/k: no such file or directory": "are read when the plugin starts",
+		"database /var/lib/weft/weft.db: timeout":                                "tried again every few seconds",
+	} {
+		if p := unreadyProblem(statusReply{Error: text}); !strings.Contains(p.Remedy, want) {
+			t.Errorf("%s: %q does not say %q", text, p.Remedy, want)
+		}
+	}
+}

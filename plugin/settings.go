@@ -83,9 +83,9 @@ func settingTable() []setting {
 		{"WEFT_METRICS", "", "TCP address for Prometheus, as `127.0.0.1:9797`; empty: only on the admin socket", setMetrics},
 		{"WEFT_IPTABLES", "auto", "`nft` or `legacy`; `auto` takes what Docker uses", setWord(func(s *settings) *string { return &s.iptables }, "auto", "nft", "legacy")},
 		{"WEFT_CHECKSUM_OFFLOAD", "auto", "checksum offload of VXLAN links, `on` or `off`; `auto` switches it off where kernel or driver get it wrong", setWord(func(s *settings) *string { return &s.checksum }, "auto", "on", "off")},
-		{"WEFT_PROGRAM", "auto", "`off` for networks without the port program: no guard, no fast path", setWord(func(s *settings) *string { return &s.program }, "auto", "off")},
+		{"WEFT_PROGRAM", "auto", "`off` for networks without the port program: no guard, no fast path, no flows, and no answers to virtual addresses", setWord(func(s *settings) *string { return &s.program }, "auto", "off")},
 		{"WEFT_FLOWS", "on", "`off`: the port program does not count who sends what to whom (`weft flows`)", setWord(func(s *settings) *string { return &s.flows }, "on", "off")},
-		{"WEFT_SUBNETS", "", "ranges from which networks without `--subnet` take theirs, as `10.96.0.0/12,fd00:77::/48`; empty: Weft's own choice", setSubnets},
+		{"WEFT_SUBNETS", "", "ranges from which networks with `--ipam-driver weft:latest` and without `--subnet` take theirs, as `10.96.0.0/12,fd00:77::/48`; empty: `10.32.0.0/11` in /20s and `fd77:6566:7400::/48` in /64s", setSubnets},
 	}
 }
 
