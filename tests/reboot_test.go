@@ -207,7 +207,18 @@ type joinAnswer struct {
 	Err string
 }
 
-func call(ctx context.Context, method string, body object) (joinAnswer, error) {
+// call repeats what the plugin could not do in time, as a container's restart would: a
+// guest without a processor of its own may get none for ten seconds.
+func call(ctx context.Context, method string, body object) (a joinAnswer, err error) {
+	for {
+		a, err = callOnce(ctx, method, body)
+		if err == nil || ctx.Err() != nil || !strings.Contains(err.Error(), "it may finish later") {
+			return a, err
+		}
+	}
+}
+
+func callOnce(ctx context.Context, method string, body object) (joinAnswer, error) {
 	var a joinAnswer
 	raw, err := askAt(ctx, filepath.Join(guestSockets, "weft.sock"), http.MethodPost, "/"+method, body)
 	if err == nil {

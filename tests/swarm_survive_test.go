@@ -91,7 +91,7 @@ func (s *swarm) settled(t *testing.T) {
 				}
 			}
 			if out, err := h.Exec(t.Context(), "weft", "audit", "--settle", "20s"); err != nil {
-				held, _ := h.Exec(t.Context(), "sh", "-c", "docker ps --all --no-trunc; ls -l /run/docker/netns; weft endpoints; ip -brief link") // as far as it works
+				held, _ := h.Exec(t.Context(), "sh", "-c", "docker ps --all --no-trunc; ls -l /run/docker/netns; weft endpoints; ip -brief link; lsns --type net --output NS,PID,COMMAND") // as far as it works
 				t.Errorf("host %s: %v\n%s\n%s", h.Name, err, out, held)
 			}
 		})
