@@ -113,6 +113,7 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 		return p, nil
 	}
 	n := *s.Network
+	s.Remote = given(s.Remote, n)
 	if n.Routed() {
 		planRouted(p, s, u)
 		return p, nil
@@ -198,6 +199,25 @@ func reachable(s store.Snapshot, u Underlay) []store.Peer {
 	return slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool {
 		return p.Address == u.Address || p.Address.Is4() != u.Address.Is4() || across(s.Self, p, u)
 	})
+}
+
+// given returns the endpoints of peers without addresses that the network does not give:
+// else a peer could draw to itself what is for any address, of the internet or of another
+// network.
+func given(remote []store.RemoteEndpoint, n store.Network) []store.RemoteEndpoint {
+	foreign := func(e store.RemoteEndpoint) bool { return n.Foreign(e.SharedEndpoint).IsValid() }
+	if !slices.ContainsFunc(remote, foreign) {
+		return remote
+	}
+	remote = slices.Clone(remote)
+	for i := range remote {
+		for _, a := range []*netip.Addr{&remote[i].IPv4, &remote[i].IPv6} {
+			if !n.Gives(*a) {
+				*a = netip.Addr{}
+			}
+		}
+	}
+	return remote
 }
 
 // byClaim returns the endpoints of peers, sorted by owner, with those of dead ones last.

@@ -235,6 +235,24 @@ func (n Network) GatewayOf(a netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
+// Gives reports whether an endpoint may have the address: it is in a subnet, and no
+// gateway.
+func (n Network) Gives(a netip.Addr) bool {
+	return slices.ContainsFunc(n.Subnets, func(s Subnet) bool { return s.Pool.Contains(a) }) &&
+		!slices.ContainsFunc(n.Subnets, func(s Subnet) bool { return s.Gateway == a })
+}
+
+// Foreign returns the first address of the endpoint that the network does not give, or
+// the zero Addr.
+func (n Network) Foreign(e SharedEndpoint) netip.Addr {
+	for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
+		if a.IsValid() && !n.Gives(a) {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
 // Shared returns the part of the network that all hosts must agree on.
 func (n Network) Shared() SharedNetwork {
 	p := n.Prefixes()

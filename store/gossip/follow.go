@@ -345,12 +345,28 @@ func (c *Cluster) fetchNetwork(ctx context.Context, id store.HostID, q request, 
 			return err
 		}
 		if fits {
+			c.tellForeign(id, a.Delta)
 			c.table.told(id, before, claims{epoch: a.Epoch, seq: map[store.VNI]uint64{q.VNI: a.Seq}}, false)
 			return nil
 		}
 		q.Since = 0
 	}
 	return fmt.Errorf("records of vni %d do not fit, even from the beginning", q.VNI)
+}
+
+// tellForeign says once of a peer that it tells addresses that are not of the network.
+// Such records are kept, since this host may set up the network anew with other subnets,
+// but nothing is programmed for the addresses.
+func (c *Cluster) tellForeign(id store.HostID, d store.Delta) {
+	var n store.Network
+	if err := c.db.View(func(tx *store.Tx) (err error) { n, err = tx.NetworkByVNI(d.VNI); return err }); err != nil {
+		return // removed meanwhile
+	}
+	for _, e := range d.Endpoints {
+		if a := n.Foreign(e); a.IsValid() && c.drops.first("foreign-address", fmt.Sprint(id, d.VNI)) {
+			c.log.Warn("peer tells an address that is not one of the network; nothing is programmed for it", "host", id, "vni", d.VNI, "endpoint", e.ID, "address", a)
+		}
+	}
 }
 
 // rewind makes room for a full list that is older than what we hold, of an owner
