@@ -2,6 +2,7 @@ package store
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -17,8 +18,15 @@ type Revocation struct {
 // Out reports whether the host is revoked.
 func (r Revocation) Out() bool { return r.N%2 == 1 }
 
-// maxRevocations bounds what a peer can make this host remember.
-const maxRevocations = 1024
+// Bounds of what a peer can make this host remember. The last number is odd: whatever
+// peers tell, a host can be revoked.
+const (
+	maxRevocations = 1024
+	lastRevocation = 1<<32 - 1
+)
+
+// valid reports whether Revoke can have made it.
+func (r Revocation) valid() bool { return r.N > 0 && r.N <= lastRevocation }
 
 // Revocations returns what counts on this host, sorted by host.
 func (tx *Tx) Revocations() ([]Revocation, error) {
@@ -30,7 +38,7 @@ func (tx *Tx) Revocations() ([]Revocation, error) {
 	if err := json.Unmarshal(raw, &all); err != nil {
 		return nil, damageError{fmt.Errorf("list of revoked hosts: %w", err)}
 	}
-	return all, nil
+	return slices.DeleteFunc(all, func(r Revocation) bool { return !r.valid() }), nil
 }
 
 // Revoked reports whether a host is revoked.
@@ -56,25 +64,46 @@ func (tx *Tx) Revoke(id HostID, out bool) error {
 	if r.Out() == out {
 		return nil
 	}
+	if r.N == lastRevocation {
+		return fmt.Errorf("host %s is revoked for good, with the highest number there is (%d); remove its state folder, so that it gets another id", id, r.N)
+	}
 	r.N++
-	return tx.takeRevocations([]Revocation{r})
+	if err := tx.takeRevocations([]Revocation{r}, true); err != nil {
+		return err
+	}
+	if now, err := tx.Revoked(id); err != nil || now != out {
+		return errors.Join(err, fmt.Errorf("host %s: what other hosts have told goes before it, so nothing changed", id))
+	}
+	return nil
 }
 
 // takeRevocations raises what counts on this host. If that changes anything, all networks
-// are touched, and what was told by a host that was taken back counts.
-func (tx *Tx) takeRevocations(more []Revocation) error {
+// are touched, and what was told by a host that was taken back counts. The list is limited
+// for what peers tell, not for this host's own command.
+func (tx *Tx) takeRevocations(more []Revocation, own bool) error {
 	all, err := tx.Revocations()
 	if err != nil {
 		return err
 	}
+	peers, err := tx.Peers()
+	if err != nil {
+		return err
+	}
+	peer := func(id HostID) bool { return slices.ContainsFunc(peers, func(p Peer) bool { return p.ID == id }) }
 	changed := false
 	for _, r := range more {
-		i, there := slices.BinarySearchFunc(all, r, func(a, b Revocation) int { return strings.Compare(string(a.Host), string(b.Host)) })
+		i, there := slices.BinarySearchFunc(all, r, byHost)
 		switch {
 		case there && all[i].N < r.N:
 			all[i].N, changed = r.N, true
-		case !there && len(all) < maxRevocations:
-			all, changed = slices.Insert(all, i, r), true
+		case !there:
+			if len(all) >= maxRevocations && (own || peer(r.Host)) {
+				all = makeRoom(all, peer)
+			}
+			if len(all) < maxRevocations || own {
+				i, _ = slices.BinarySearchFunc(all, r, byHost)
+				all, changed = slices.Insert(all, i, r), true
+			}
 		}
 	}
 	if !changed {
@@ -99,6 +128,23 @@ func (tx *Tx) takeRevocations(more []Revocation) error {
 		return err
 	}
 	return tx.AdoptRevocations() // ends, for each number only rises
+}
+
+func byHost(a, b Revocation) int { return strings.Compare(string(a.Host), string(b.Host)) }
+
+// makeRoom takes one entry about a host that is no peer out of a full list, one that was
+// taken back if there is one: a peer may have made the hosts up. Without any it takes none.
+func makeRoom(all []Revocation, peer func(HostID) bool) []Revocation {
+	least := -1
+	for i, r := range all {
+		if (least < 0 || all[least].Out() && !r.Out()) && !peer(r.Host) {
+			least = i
+		}
+	}
+	if least < 0 {
+		return all
+	}
+	return slices.Delete(all, least, least+1)
 }
 
 // MergeRevocations takes over what a peer has told. It counts once the peer runs an
@@ -130,7 +176,8 @@ func (tx *Tx) AdoptRevocationsOf(id HostID) error {
 	return tx.AdoptRevocations()
 }
 
-// AdoptRevocations takes over what counts of what peers have told.
+// AdoptRevocations takes over what counts of what peers have told: of themselves they have
+// no say, or a revoked host would take that back.
 func (tx *Tx) AdoptRevocations() error {
 	nets, err := tx.Networks()
 	if err != nil {
@@ -139,11 +186,15 @@ func (tx *Tx) AdoptRevocations() error {
 	var more []Revocation
 	err = tx.ofPeers(func(p Peer, r *peerRecords) {
 		if len(p.Revoked) > 0 && slices.ContainsFunc(r.nets, func(o PeerNetwork) bool { return o.Encrypted && runsOne(nets, o) }) {
-			more = append(more, p.Revoked...)
+			for _, r := range p.Revoked {
+				if r.Host != p.ID && r.valid() {
+					more = append(more, r)
+				}
+			}
 		}
 	})
 	if err != nil {
 		return err
 	}
-	return tx.takeRevocations(more)
+	return tx.takeRevocations(more, false)
 }
