@@ -260,6 +260,9 @@ func (n Network) Shared() SharedNetwork {
 	return SharedNetwork{VNI: n.VNI, Mode: n.Mode, Encrypted: n.Encrypted, Prefixes: p}
 }
 
+// ProofBytes is the length of a proof.
+const ProofBytes = sha256.Size
+
 // Proof shows that a host holds the network's key; nil without one. It is of no
 // use to another host: who shows it has proved by other means which host he is.
 func (n Network) Proof(host HostID) []byte {

@@ -24,12 +24,13 @@ type Service struct {
 // Limits of what a peer can make this host remember.
 const (
 	maxServices = 4096
-	maxBackends = 4096 // of one service
+	maxBackends = 4096    // of one service
+	MaxBackends = 1 << 16 // of all services of a host
 )
 
 // Check returns why no host of ours would tell the service.
 func (s Service) Check() error {
-	if s.VNI == HostVNI || s.VNI > MaxVNI || !s.VIP.IsValid() || len(s.Name) > 256 || len(s.Backends) > maxBackends {
+	if s.VNI == HostVNI || s.VNI > MaxVNI || !s.VIP.IsValid() || len(s.Name) > 256 || len(s.Backends) > maxBackends || len(s.Proof) > ProofBytes {
 		return fmt.Errorf("service %.80q of vni %d is not valid", s.Name, s.VNI)
 	}
 	for _, a := range s.Backends {
@@ -83,7 +84,15 @@ func (tx *Tx) Tells(id HostID, all []Service) (bool, error) {
 
 // tidyServices returns the services as they are kept.
 func tidyServices(all []Service) []Service {
-	return slices.SortedFunc(slices.Values(all[:min(len(all), maxServices)]), func(a, b Service) int {
+	all = all[:min(len(all), maxServices)]
+	sum := 0
+	for i, s := range all {
+		if sum += len(s.Backends); sum > MaxBackends {
+			all = all[:i]
+			break
+		}
+	}
+	return slices.SortedFunc(slices.Values(all), func(a, b Service) int {
 		if a.VNI != b.VNI {
 			return int(a.VNI) - int(b.VNI)
 		}

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -103,6 +104,7 @@ func (s *stream) ask(q request) (answer, error) {
 		return answer{}, err
 	}
 	var all answer
+	backends, from := 0, &io.LimitedReader{R: s.conn, N: maxAnswer}
 	for first := true; ; first = false {
 		var a answer
 		deadline := time.Now().Add(ioTime)
@@ -110,7 +112,10 @@ func (s *stream) ask(q request) (answer, error) {
 			deadline = end
 		}
 		_ = s.conn.SetDeadline(deadline)
-		if err := readFrame(s.conn, maxFrame, &a); err != nil {
+		if err := readFrame(from, maxFrame, &a); err != nil {
+			if from.N <= 0 {
+				err = fmt.Errorf("answer for vni %d is over the limit of %d bytes", q.VNI, maxAnswer)
+			}
 			return answer{}, err
 		}
 		switch {
@@ -126,7 +131,10 @@ func (s *stream) ask(q request) (answer, error) {
 		}
 		eps, nets := append(all.Endpoints, a.Endpoints...), append(all.Networks, a.Networks...)
 		services := append(all.Services, a.Services...)
-		if len(eps) > maxEndpoints || len(nets) > maxNetworks || len(services) > maxNetworks {
+		for _, service := range a.Services {
+			backends += len(service.Backends)
+		}
+		if len(eps) > maxEndpoints || len(nets) > maxNetworks || len(services) > maxNetworks || backends > store.MaxBackends {
 			return answer{}, fmt.Errorf("answer for vni %d has too many records", q.VNI)
 		}
 		more := a.More

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -17,7 +18,9 @@ import (
 // a newer version may add some.
 const (
 	streamProto  = 1
-	maxFrame     = 16 << 20 // bytes of an answer
+	maxFrame     = 16 << 20 // bytes of a frame of an answer
+	maxAnswer    = 64 << 20 // bytes of an answer, all its frames
+	maxItems     = 1 << 19  // values in a frame
 	maxAsk       = 4 << 10  // bytes of a hello or request
 	chunk        = 4000     // records per answer frame
 	serviceChunk = 64       // services per answer frame, each of up to some thousand addresses
@@ -88,6 +91,10 @@ func readFrame(r io.Reader, limit int64, v any) error {
 	} else if got < n {
 		return fmt.Errorf("frame of %d bytes ends after %d: %w", n, got, io.ErrUnexpectedEOF)
 	}
+	// Two bytes of a list may be a hundred when they are decoded.
+	if bytes.Count(body.Bytes(), []byte{','}) >= maxItems {
+		return errors.New("frame has too many values")
+	}
 	if err := json.Unmarshal(body.Bytes(), v); err != nil {
 		return fmt.Errorf("frame: %w", err)
 	}
@@ -97,7 +104,7 @@ func readFrame(r io.Reader, limit int64, v any) error {
 // check refuses an answer with records that no host of ours would write.
 func (a answer) check() error {
 	for _, n := range a.Networks {
-		if n.VNI == store.HostVNI || n.VNI > store.MaxVNI || len(n.Mode) > 32 || len(n.Prefixes) > maxPrefixes {
+		if n.VNI == store.HostVNI || n.VNI > store.MaxVNI || len(n.Mode) > 32 || len(n.Prefixes) > maxPrefixes || len(n.Proof) > store.ProofBytes {
 			return fmt.Errorf("network with vni %d is not valid", n.VNI)
 		}
 		for _, p := range n.Prefixes {
