@@ -224,7 +224,8 @@ func (t *table) fetched(id store.HostID, err error) {
 }
 
 // publish replaces this host's versions and returns digests of those that changed.
-// Peers are looked at again when this host runs a network that it did not run.
+// Peers are looked at again when this host runs a network that it did not run, or has
+// changed the list of its networks: one of them may have been made anew under its VNI.
 func (t *table) publish(id store.HostID, seq map[store.VNI]uint64) []digest {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -233,6 +234,7 @@ func (t *table) publish(id store.HostID, seq map[store.VNI]uint64) []digest {
 	for v, s := range seq {
 		if t.own.seq[v] != s {
 			out = append(out, digest{Host: id, VNI: v, Epoch: t.own.epoch, Seq: s})
+			more = more || v == store.HostVNI
 		}
 		more = more || v != store.HostVNI && !t.runs[v]
 	}
