@@ -306,7 +306,16 @@ func (c *Cluster) mergeList(ctx context.Context, id store.HostID, a answer, befo
 	held := false
 	if err := c.db.View(func(tx *store.Tx) error {
 		p, err := tx.Peer(id)
-		held = p.Epoch == a.Epoch && p.Networks == a.Seq
+		if held = p.Epoch == a.Epoch && p.Networks == a.Seq; err != nil || !held || a.Seq != 0 {
+			return err
+		}
+		// Version 0 is also what is held of a new database of which nothing was fetched.
+		old, err := tx.PeerNetworks(id)
+		if err != nil {
+			return err
+		}
+		services, err := tx.ServicesOf(id)
+		held = len(old)+len(services) == 0
 		return err
 	}); err != nil {
 		return err

@@ -1,0 +1,46 @@
+package gossip
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/weftnet/weft/store"
+)
+
+// TestEmptyDatabaseIsBelieved: a host whose database was lost has no networks and services
+// until it makes one, and peers keep none of the old.
+func TestEmptyDatabaseIsBelieved(t *testing.T) {
+	t.Parallel()
+	s := newSegment()
+	a := newHost(t, s.addr(1)).start()
+	b := newHost(t, s.addr(2), s.addr(1)).start()
+	for _, h := range []*host{a, b} {
+		h.addNetwork(5000, "10.50.0.0/16")
+	}
+	a.addEndpoint(5000, "ep1", "10.50.0.1")
+	a.update(func(tx *store.Tx) error {
+		return tx.PutServices(a.id.ID, true, []store.Service{{VNI: 5000, VIP: netip.MustParseAddr("10.50.1.1"), Name: "web"}})
+	})
+	holds := func(peers, services int) {
+		t.Helper()
+		waitFor(t, soon, func() error {
+			snap, err := b.db.Snapshot(5000)
+			if err == nil && (len(snap.Peers) != peers || len(snap.Services) != services) {
+				err = fmt.Errorf("%d peers and %d services, want %d and %d", len(snap.Peers), len(snap.Services), peers, services)
+			}
+			return err
+		})
+	}
+	holds(1, 1)
+	a.halt()
+	if err := os.Remove(filepath.Join(a.dir, "weft.db")); err != nil {
+		t.Fatal(err)
+	}
+	a.cfg.Join = []string{b.addr.String()}
+	a.start()
+	holds(0, 0)
+	b.waitPeer(a, soon, "in sync", inSync)
+}
