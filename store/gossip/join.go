@@ -32,8 +32,8 @@ func (c *Cluster) rejoin(ctx context.Context, list *memberlist.Memberlist) error
 	wait := joinFirst
 	lonely := false
 	for {
-		addrs, lookupErr := c.missing(ctx)
-		err := errors.Join(lookupErr, joinSome(addrs, list))
+		missing, lookupErr := c.missing(ctx)
+		err := errors.Join(lookupErr, joinAll(missing.pick(), list))
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -52,12 +52,33 @@ func (c *Cluster) rejoin(ctx context.Context, list *memberlist.Memberlist) error
 	}
 }
 
-// joinSome joins up to maxJoins addresses in parallel.
-func joinSome(addrs []netip.AddrPort, list *memberlist.Memberlist) error {
-	if len(addrs) > maxJoins {
-		rand.Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
-		addrs = addrs[:maxJoins]
+// contacts are addresses of hosts that should be members and are not, by how likely
+// somebody answers there.
+type contacts [4][]netip.AddrPort
+
+// The kinds of contacts.
+const (
+	toJoin  = iota // WEFT_JOIN
+	missed         // peers that this host held for alive a short while ago
+	ofSwarm        // hosts of the Swarm that are not down
+	gone           // all others
+)
+
+// pick returns up to maxJoins contacts, by chance, so that all have their turn. Each kind
+// has its share: those that are gone may be many, and those to join may be wrong.
+func (k contacts) pick() (out []netip.AddrPort) {
+	for i := range k {
+		k[i] = slices.Clone(k[i])
+		rand.Shuffle(len(k[i]), func(a, b int) { k[i][a], k[i][b] = k[i][b], k[i][a] })
+		n := min(len(k[i]), maxJoins/len(k))
+		out, k[i] = append(out, k[i][:n]...), k[i][n:]
 	}
+	rest := slices.Concat(k[:]...)
+	return append(out, rest[:min(len(rest), maxJoins-len(out))]...)
+}
+
+// joinAll joins the addresses in parallel.
+func joinAll(addrs []netip.AddrPort, list *memberlist.Memberlist) error {
 	errs := make([]error, len(addrs))
 	var wg sync.WaitGroup
 	for i, a := range addrs {
@@ -68,18 +89,9 @@ func joinSome(addrs []netip.AddrPort, list *memberlist.Memberlist) error {
 }
 
 // missing returns the addresses of hosts that should be members and are not.
-func (c *Cluster) missing(ctx context.Context) ([]netip.AddrPort, error) {
+func (c *Cluster) missing(ctx context.Context) (contacts, error) {
 	skip := map[netip.AddrPort]bool{}
-	var lost []netip.AddrPort
-	sights := c.table.sights()
-	for _, s := range sights {
-		if s.alive {
-			skip[s.rec.gossipAddr()] = true
-			skip[netip.AddrPortFrom(s.rec.Public, s.rec.Port)] = true
-		} else if s.rec.Port != 0 {
-			lost = append(lost, withPort(c.waysTo(s.rec.Host), s.rec.Port)...)
-		}
-	}
+	var all contacts
 	var peers []store.Peer
 	var nodes []store.Node
 	err := c.db.View(func(tx *store.Tx) (err error) {
@@ -89,28 +101,51 @@ func (c *Cluster) missing(ctx context.Context) ([]netip.AddrPort, error) {
 		nodes, err = tx.Nodes()
 		return err
 	})
-	for _, n := range nodes {
-		if !n.Self && n.Address.Is4() == c.db.Self().Address.Is4() {
-			lost = append(lost, netip.AddrPortFrom(n.Address, c.cfg.Port))
+	hidden := map[store.HostID]bool{}
+	add := func(id store.HostID, addrs []netip.AddrPort) {
+		kind := missed
+		if hidden[id] {
+			kind = gone
 		}
+		all[kind] = append(all[kind], addrs...)
 	}
+	sights := c.table.sights()
 	for _, p := range peers {
+		hidden[p.ID] = p.Hidden
 		// Seen in this process: its record says the port. Else it is ours, likely.
 		if sights[p.ID].rec.Port == 0 && p.Address.IsValid() {
-			lost = append(lost, withPort(c.waysTo(p.Host), c.cfg.Port)...)
+			add(p.ID, withPort(c.waysTo(p.Host), c.cfg.Port))
 		}
 	}
-	joins, joinErr := c.resolve(ctx)
+	for id, s := range sights {
+		if s.alive {
+			skip[s.rec.gossipAddr()] = true
+			skip[netip.AddrPortFrom(s.rec.Public, s.rec.Port)] = true
+		} else if s.rec.Port != 0 {
+			add(id, withPort(c.waysTo(s.rec.Host), s.rec.Port))
+		}
+	}
+	for _, n := range nodes {
+		kind := ofSwarm
+		if n.Gone {
+			kind = gone
+		}
+		if !n.Self && n.Address.Is4() == c.db.Self().Address.Is4() {
+			all[kind] = append(all[kind], netip.AddrPortFrom(n.Address, c.cfg.Port))
+		}
+	}
+	var joinErr error
+	all[toJoin], joinErr = c.resolve(ctx)
 	self := c.db.Self()
 	skip[netip.AddrPortFrom(self.Address, c.cfg.Port)], skip[netip.AddrPortFrom(self.Public, c.cfg.Port)] = true, true
-	var out []netip.AddrPort
-	for _, a := range append(joins, lost...) {
-		if !skip[a] {
+	for i := range all {
+		all[i] = slices.DeleteFunc(all[i], func(a netip.AddrPort) bool {
+			again := skip[a]
 			skip[a] = true
-			out = append(out, a)
-		}
+			return again
+		})
 	}
-	return out, errors.Join(err, joinErr)
+	return all, errors.Join(err, joinErr)
 }
 
 // resolve returns the addresses of the hosts to join, of the own family alone.

@@ -99,7 +99,7 @@ func (n *naive) run(ctx context.Context) error {
 		return err
 	}
 	for wait := joinFirst; ctx.Err() == nil; wait = min(2*wait, joinMost) {
-		_ = joinSome(n.missing(), list) // tried again
+		_ = joinAll(contacts{n.missing()}.pick(), list) // tried again
 		select {
 		case <-ctx.Done():
 		case <-time.After(jitter(wait)):
