@@ -252,7 +252,7 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 	p.Add(peerSet(setPeers6, true, peers6))
 	for _, v6 := range []bool{false, true} {
 		planGuard(p, v6, s, u)
-		planForward(p, v6, s.Networks, u)
+		planForward(p, v6, s, u)
 		planRouter(p, v6, s)
 		planClamp(p, v6, s.Networks)
 	}
@@ -265,6 +265,13 @@ func peerSet(name string, v6 bool, members []string) Set {
 	return Set{Name: name, V6: v6, Members: joinMembers(members)}
 }
 
+func peerSetName(v6 bool) string {
+	if v6 {
+		return setPeers6
+	}
+	return setPeers4
+}
+
 func joinMembers(members []string) string {
 	slices.Sort(members)
 	return strings.Join(slices.Compact(members), ",")
@@ -274,16 +281,13 @@ func joinMembers(members []string) string {
 // twice, in raw and in filter, so that it holds while either table is flushed; raw
 // also keeps the tunnel out of connection tracking.
 func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
-	set := setPeers4
-	if v6 {
-		set = setPeers6
-	}
+	set := peerSetName(v6)
 	vxlan := fmt.Sprintf("-p udp -m udp --dport %d", s.Self.DataPort)
 	var trusted []string
 	if u.Address.IsValid() && u.Address.Is6() == v6 {
 		trusted = []string{fmt.Sprintf("-i %s %s -m set --match-set %s src", u.Link, vxlan, set)}
 	}
-	var raw, in []string
+	raw, in := leakGuard(v6, s, u), []string(nil)
 	for _, t := range trusted {
 		raw = append(raw, t+" -j CT --notrack", t+" -j RETURN")
 		in = append(in, t+" -j ACCEPT")
@@ -313,21 +317,45 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 	p.Add(Jump{"filter", v6, "INPUT", chainInput})
 }
 
+// leakGuard drops VXLAN that this host would forward to a peer for somebody who is not on
+// the underlay's link: a container with a way out. Masqueraded, or with an address that it
+// made up, it would come to the peer as from a host that the peer knows. Every port counts
+// at which a peer takes VXLAN. It stands twice, like planGuard: Docker's own rules may
+// accept in filter before ours.
+func leakGuard(v6 bool, s store.HostSnapshot, u Underlay) (rules []string) {
+	elsewhere := ""
+	if u.Link != "" {
+		elsewhere = "! -i " + u.Link + " "
+	}
+	ports := []uint16{s.Self.DataPort}
+	for _, peer := range s.Peers {
+		if peer.DataPort != 0 { // a record that does not tell
+			ports = append(ports, peer.DataPort)
+		}
+	}
+	slices.Sort(ports)
+	for _, port := range slices.Compact(ports) {
+		rules = append(rules, fmt.Sprintf("%s-p udp -m udp --dport %d -m set --match-set %s dst -j DROP", elsewhere, port, peerSetName(v6)))
+	}
+	return rules
+}
+
 // planForward lets each network talk within itself, also where Docker's FORWARD
 // policy is DROP and br_netfilter shows bridged frames to iptables, and keeps
 // everything else off the bridges.
-func planForward(p Plan, v6 bool, networks []store.Network, u Underlay) {
-	var rules []string
-	for _, n := range networks {
+func planForward(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
+	var within []string
+	for _, n := range s.Networks {
 		if !n.Routed() {
 			b := BridgeName(n.VNI)
-			rules = append(rules, fmt.Sprintf("-i %s -o %s -j ACCEPT", b, b))
+			within = append(within, fmt.Sprintf("-i %s -o %s -j ACCEPT", b, b))
 		}
 	}
-	slices.Sort(rules)
-	rules = append(rules, ledForward(v6, networks)...)
+	slices.Sort(within)
+	rules := append(leakGuard(v6, s, u), within...)
+	rules = append(rules, ledForward(v6, s.Networks)...)
 	rules = append(rules, "-i "+bridgePrefix+"+ -j DROP", "-o "+bridgePrefix+"+ -j DROP")
-	rules = append(rules, routedForward(v6, networks, u)...)
+	rules = append(rules, routedForward(v6, s.Networks, u)...)
 	p.Add(NewChain("filter", v6, chainForward, rules...))
 	p.Add(Jump{"filter", v6, "FORWARD", chainForward})
 }
