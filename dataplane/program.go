@@ -154,7 +154,7 @@ func planProgram(p Plan, s store.HostSnapshot, u Underlay) {
 	if u.Address.Is4() && u.Ethernet && slices.ContainsFunc(s.Networks, fast) {
 		var peers []string
 		for _, peer := range s.Peers {
-			if peer.Address.Is4() && !across(s.Self, peer, u) {
+			if peer.Address.Is4() {
 				peers = append(peers, peer.Address.String())
 			}
 		}

@@ -238,6 +238,9 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 	if len(s.Networks) == 0 {
 		return p
 	}
+	// Through a NAT no VXLAN comes from a peer as it was sent: whoever has its address
+	// here, which may be a private one, is somebody else.
+	s.Peers = slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool { return across(s.Self, p, u) })
 	var peers4, peers6 []string
 	for _, peer := range s.Peers {
 		switch {
