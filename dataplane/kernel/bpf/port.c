@@ -348,7 +348,8 @@ int weft_from_underlay(struct __sk_buff *skb)
 	len = bpf_ntohs(udp->len);
 	if (len != bpf_ntohs(ip->len) - sizeof(*ip) || (!skb->gso_size && len + sizeof(*ip) + sizeof(*eth) != skb->len))
 		return TC_ACT_UNSPEC;
-	if (skb->len < front + sizeof(*ip) || !bpf_map_lookup_elem(&weft_peers, &ip->src))
+	/* Number 0 of the peers is the canary: no host. */
+	if (skb->len < front + sizeof(*ip) || !ip->src || !bpf_map_lookup_elem(&weft_peers, &ip->src))
 		return TC_ACT_UNSPEC;
 	d = dest_of_mac(bpf_ntohl(vxlan->vni) >> 8, inner.dst);
 	if (!d || !d->link || (d->flags & DEST_STACK))
