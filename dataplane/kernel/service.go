@@ -78,11 +78,11 @@ func ofService(f bpf.ProgramFlow, o dataplane.Service) bool {
 	return f.Vni == uint32(o.VNI) && f.Dst == fromAddr4(o.VIP)
 }
 
-// forgetFlows forgets the flows to virtual addresses that lead to tasks that are gone, and
-// returns those of TCP.
+// forgetFlows forgets the flows to virtual addresses that lead to tasks that are gone, in
+// both directions, and returns those of TCP. Of a flow either direction may be known alone.
 func (k *Kernel) forgetFlows(gone func(f bpf.ProgramFlow, task uint32) bool) (streams []bpf.ProgramFlow, err error) {
-	m := k.program.objects.WeftFlowsTo
-	all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](m)
+	m := &k.program.objects
+	all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftFlowsTo)
 	if err != nil {
 		return nil, fmt.Errorf("read flows: %w", err)
 	}
@@ -90,14 +90,34 @@ func (k *Kernel) forgetFlows(gone func(f bpf.ProgramFlow, task uint32) bool) (st
 		if !gone(key, to.Ip4) {
 			continue
 		}
-		if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return streams, fmt.Errorf("forget a flow: %w", err)
+		if err := forgetKey(m.WeftFlowsTo, key); err != nil {
+			return streams, err
 		}
 		if key.Proto == unix.IPPROTO_TCP {
 			streams = append(streams, key)
 		}
 	}
+	answers, err := entries[bpf.ProgramFlow, uint32](m.WeftFlowsFrom)
+	if err != nil {
+		return streams, fmt.Errorf("read flows of answers: %w", err)
+	}
+	for key, vip := range answers {
+		asked := bpf.ProgramFlow{Vni: key.Vni, Src: key.Dst, Dst: vip, Sport: key.Dport, Dport: key.Sport, Proto: key.Proto}
+		if !gone(asked, key.Src) {
+			continue
+		}
+		if err := forgetKey(m.WeftFlowsFrom, key); err != nil {
+			return streams, err
+		}
+	}
 	return streams, nil
+}
+
+func forgetKey(m *ebpf.Map, key bpf.ProgramFlow) error {
+	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget a flow: %w", err)
+	}
+	return nil
 }
 
 // forgetLeft forgets the flows that a former process did not come to, because it died

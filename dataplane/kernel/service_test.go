@@ -107,22 +107,119 @@ func TestFlowsLeftAreForgotten(t *testing.T) {
 	vip, gone := netip.MustParseAddr("10.1.0.200"), netip.MustParseAddr("10.1.0.77")
 	o := dataplane.Service{VNI: 1, VIP: vip, Backends: victim.IPv4.String() + " " + victim.MAC.String()}
 	must(t, p.objects.WeftServices.Put(bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}, serviceValue(o)))
-	flow := func(to, task netip.Addr, port uint16) bpf.ProgramFlow {
+	var flows, answers []bpf.ProgramFlow
+	flow := func(to, task netip.Addr, port uint16) {
 		f := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(own.IPv4), Dst: fromAddr4(to), Sport: port, Dport: 53, Proto: 6}
+		back := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(task), Dst: f.Src, Sport: 53, Dport: port, Proto: 6}
 		must(t, p.objects.WeftFlowsTo.Put(f, bpf.ProgramFlowTo{Ip4: fromAddr4(task)}))
-		return f
+		must(t, p.objects.WeftFlowsFrom.Put(back, f.Dst))
+		flows, answers = append(flows, f), append(answers, back)
 	}
-	lives, left, other := flow(vip, victim.IPv4, 1), flow(vip, gone, 2), flow(netip.MustParseAddr("10.1.0.201"), gone, 3)
-	k := &Kernel{program: p}
-	must(t, k.forgetLeft())
-	var to bpf.ProgramFlowTo
-	for _, c := range []struct {
-		what string
-		flow bpf.ProgramFlow
-		kept bool
-	}{{"to a task of the service", lives, true}, {"to one that is gone", left, false}, {"of no service that is known", other, true}} {
-		if err := p.objects.WeftFlowsTo.Lookup(c.flow, &to); (err == nil) != c.kept {
-			t.Errorf("flow %s: %v", c.what, err)
+	kept := func(what string, want ...bool) {
+		t.Helper()
+		var to bpf.ProgramFlowTo
+		var from uint32
+		for i := range want {
+			if err := p.objects.WeftFlowsTo.Lookup(flows[i], &to); (err == nil) != want[i] {
+				t.Errorf("%s: flow %d: %v", what, i, err)
+			}
+			if err := p.objects.WeftFlowsFrom.Lookup(answers[i], &from); (err == nil) != want[i] {
+				t.Errorf("%s: answers of flow %d: %v", what, i, err)
+			}
 		}
 	}
+	flow(vip, victim.IPv4, 1)
+	flow(vip, gone, 2)
+	flow(netip.MustParseAddr("10.1.0.201"), gone, 3) // of no service that is known
+	k := &Kernel{program: p}
+	must(t, k.forgetLeft())
+	kept("at the start", true, false, true)
+	// What leads to the task is no longer in its table, which is full now and then.
+	must(t, p.objects.WeftFlowsTo.Delete(flows[0]))
+	must(t, k.applyService(dataplane.Delete, o))
+	kept("without the service", false, false, true)
+}
+
+// TestDirectAnswersComeFromTheTask: a client asks a virtual address and then, from the same
+// port, its task, and again the other way round. Answers come from where the last question
+// went.
+func TestDirectAnswersComeFromTheTask(t *testing.T) {
+	kerneltest.Netns(t)
+	p, run := guarded(t, dataplane.Port{Guard: true, Fast: true, Services: true})
+	vip := netip.MustParseAddr("10.1.0.200")
+	o := dataplane.Service{VNI: 1, VIP: vip, Backends: victim.IPv4.String() + " " + victim.MAC.String()}
+	must(t, p.objects.WeftServices.Put(bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}, serviceValue(o)))
+	const syn, ack = 2, 16
+	for _, c := range []struct {
+		name              string
+		proto             byte
+		open, goes, reply []byte
+	}{
+		{"tcp", 6, segment(40000, 80, syn), segment(40000, 80, ack), segment(80, 40000, syn|ack)},
+		{"udp", 17, segment(40000, 80, 0), nil, segment(80, 40000, 0)},
+		{"echo", protoICMP, []byte{8, 0, 0, 0, 0, 7, 0, 1}, nil, []byte{0, 0, 0, 0, 0, 7, 0, 1}},
+	} {
+		answered := func(what string, want netip.Addr) {
+			t.Helper()
+			frame := ipv4(victim.MAC, own.MAC, victim.IPv4, own.IPv4, c.proto, c.reply)
+			r := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256)}
+			_, err := p.objects.WeftToContainer.Run(&r)
+			must(t, err)
+			if src, _ := netip.AddrFromSlice(r.DataOut[26:30]); src != want {
+				t.Errorf("%s: the answer %s comes from %s, want %s", c.name, what, src, want)
+			}
+		}
+		ask := func(mac store.MAC, to netip.Addr, content []byte) {
+			t.Helper()
+			run(ipv4(own.MAC, mac, own.IPv4, to, c.proto, content))
+		}
+		for what, mac := range map[string]store.MAC{"on the bridge": victim.MAC, "through the router": dataplane.RouterMAC} {
+			ask(dataplane.RouterMAC, vip, c.open)
+			answered("of the virtual address", vip)
+			if c.goes != nil { // what opens nothing changes nothing
+				ask(mac, victim.IPv4, c.goes)
+				answered("of an old flow, "+what, vip)
+			}
+			ask(mac, victim.IPv4, c.open)
+			answered("of the task, "+what, victim.IPv4)
+		}
+		// The flow is known, and its answers are not any more.
+		must(t, clearMap[bpf.ProgramFlow, uint32](p.objects.WeftFlowsFrom))
+		ask(dataplane.RouterMAC, vip, c.open)
+		answered("after the table lost it", vip)
+	}
+}
+
+// TestPiecesOfAnswersGoToTheClient: on a routed network all packets have the router's MAC,
+// those of a task too, whose answer's first piece has left its mark.
+func TestPiecesOfAnswersGoToTheClient(t *testing.T) {
+	kerneltest.Netns(t)
+	p, _ := guarded(t, dataplane.Port{Fast: true, Routed: true, Services: true})
+	piece := fragment(ipv4(own.MAC, dataplane.RouterMAC, own.IPv4, victim.IPv4, 17, segment(53, 40000, 0)), 7, 3, false)
+	part := bpf.ProgramPart{Vni: 1, Src: fromAddr4(own.IPv4), Dst: fromAddr4(victim.IPv4), Id: swap(7), Proto: 17}
+	must(t, p.objects.WeftParts.Put(part, bpf.ProgramFlowTo{Ip4: fromAddr4(netip.MustParseAddr("10.1.0.200"))}))
+	r := ebpf.RunOptions{Data: piece, DataOut: make([]byte, len(piece)+256)}
+	verdict, err := p.objects.WeftFromContainer.Run(&r)
+	if err != nil || verdict != passed || !bytes.Equal(r.DataOut, piece) {
+		t.Errorf("verdict %d, %v; the piece %x became %x", int32(verdict), err, piece, r.DataOut)
+	}
+}
+
+// ipv4 makes a frame with an IPv4 packet in it.
+func ipv4(from, to store.MAC, src, dst netip.Addr, proto byte, content []byte) []byte {
+	b := append(append(append([]byte{}, to[:]...), from[:]...), 8, 0)
+	b = append(b, 0x45, 0, 0, byte(20+len(content)), 0, 0, 0, 0, 64, proto, 0, 0)
+	b = append(append(b, src.AsSlice()...), dst.AsSlice()...)
+	binary.BigEndian.PutUint16(b[24:], checksum(0, b[14:34]))
+	return append(b, content...)
+}
+
+// segment is one of TCP without sums, or with flags 0 a packet of UDP.
+func segment(src, dst uint16, flags byte) []byte {
+	b := binary.BigEndian.AppendUint16(nil, src)
+	b = binary.BigEndian.AppendUint16(b, dst)
+	if flags == 0 {
+		return append(b, 0, 20, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+	}
+	return append(b, 0, 0, 0, 1, 0, 0, 0, 1, 5<<4, flags, 1, 0, 0, 0, 0, 0)
 }

@@ -212,7 +212,7 @@ static __always_inline int forward(struct __sk_buff *skb, const struct settings 
 	return TC_ACT_UNSPEC;
 }
 
-/* virtual looks for packets to virtual addresses. */
+/* virtual looks for packets to virtual addresses, and past them to their tasks. */
 static __always_inline int virtual(struct __sk_buff *skb, const struct port *p)
 {
 	struct eth *eth = at(skb, 0);
@@ -221,9 +221,8 @@ static __always_inline int virtual(struct __sk_buff *skb, const struct port *p)
 		return PASS_ON;
 	if (eth->type == ETH_ARP)
 		return answer_arp(skb, p);
-	/* Nobody else has the router's MAC, which is where they are said to be. */
-	if (eth->type == ETH_IP4 && eth->dst[0] == 0xee && eth->dst[5] == 0xee)
-		return translate(skb, p);
+	if (eth->type == ETH_IP4)
+		return translate(skb, p, eth->dst[0] == 0xee && eth->dst[5] == 0xee);
 	return PASS_ON;
 }
 

@@ -183,67 +183,108 @@ static __always_inline int lead(struct __sk_buff *skb, const struct flow *f, con
 	return PASS_ON;
 }
 
+/* opens reports whether a packet begins something new, as far as can be seen: of UDP each
+ * may. Answers alone never do. */
+static __always_inline int opens(struct __sk_buff *skb, __u32 proto)
+{
+	struct tcp *tcp = at(skb, L4);
+
+	if (proto == NEXT_TCP)
+		return holds(skb, tcp, sizeof(*tcp)) && (tcp->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	if (proto == NEXT_ICMP)
+		return holds(skb, tcp, 1) && *(__u8 *)tcp == 8; /* echo */
+	return 1;
+}
+
+/* answer_of is the flow of the answers that a task gives to a flow. */
+static __always_inline void answer_of(struct flow *back, const struct flow *f, __u32 task)
+{
+	back->vni = f->vni;
+	back->src = task;
+	back->dst = f->src;
+	back->proto = f->proto;
+	back->sport = f->proto == NEXT_ICMP ? f->sport : f->dport;
+	back->dport = f->proto == NEXT_ICMP ? 0 : f->sport;
+}
+
+/* expect lets the answers of a flow to a virtual address come from there. The table may
+ * have lost that, or another flow between the two may have taken its place. */
+static __always_inline int expect(const struct flow *f, const struct flow_to *to)
+{
+	struct flow back = {};
+	struct flow_to *self;
+	__u32 *vip;
+
+	answer_of(&back, f, to->ip4);
+	if (to->ip4 == f->src) { /* it answers the virtual address too */
+		back.dst = f->dst;
+		self = bpf_map_lookup_elem(&weft_flows_to, &back);
+		return (self && self->ip4 == to->ip4) || !bpf_map_update_elem(&weft_flows_to, &back, to, BPF_ANY);
+	}
+	vip = bpf_map_lookup_elem(&weft_flows_from, &back);
+	return (vip && *vip == f->dst) || !bpf_map_update_elem(&weft_flows_from, &back, &f->dst, BPF_ANY);
+}
+
+/* unmask lets the answers of what goes to a task's own address come from there: the client
+ * may have asked it by a virtual one before, from the same port. */
+static __always_inline void unmask(const struct flow *f)
+{
+	struct flow back = {};
+
+	answer_of(&back, f, f->dst);
+	if (bpf_map_lookup_elem(&weft_flows_from, &back))
+		bpf_map_delete_elem(&weft_flows_from, &back);
+}
+
 /* translate changes the destination of a packet to a virtual address into that of a
- * task. PASS_ON: go on with the packet; everything else is a verdict. */
-static __always_inline int translate(struct __sk_buff *skb, const struct port *p)
+ * task. routed: it was sent to the router's MAC, which nobody else has and at which virtual
+ * addresses are said to be. PASS_ON: go on with the packet; everything else is a verdict. */
+static __always_inline int translate(struct __sk_buff *skb, const struct port *p, int routed)
 {
 	struct dest_key k = { .vni = p->vni };
-	struct flow f = {}, back = {};
+	struct flow f = {};
 	struct flow_to to = {}, *known;
 	struct part part = {};
-	struct service *s;
-	struct tcp *tcp;
-	int opens = 1, which = part_of(skb, p->vni, &part);
+	struct service *s = 0;
+	int which = part_of(skb, p->vni, &part);
 	__u32 i;
 
+	if (which == NEXT_PART) {
+		f.src = part.src;
+		f.dst = part.dst;
+	} else if (!flow_of(skb, p->vni, &f)) {
+		return PASS_ON;
+	}
+	map_ip4(&k.at, f.dst);
+	if (routed)
+		s = bpf_map_lookup_elem(&weft_services, &k);
+	if (!s) {
+		if (which != NEXT_PART && opens(skb, f.proto))
+			unmask(&f);
+		return PASS_ON;
+	}
 	if (which == NEXT_PART) {
 		known = bpf_map_lookup_elem(&weft_parts, &part);
 		if (!known)
 			return PASS_ON;
-		f.src = part.src;
-		f.dst = part.dst;
 		to = *known;
 		return lead(skb, &f, &to);
-	}
-	if (!flow_of(skb, p->vni, &f))
-		return PASS_ON;
-	map_ip4(&k.at, f.dst);
-	s = bpf_map_lookup_elem(&weft_services, &k);
-	if (!s)
-		return PASS_ON;
-	if (f.proto == NEXT_TCP) {
-		tcp = at(skb, L4);
-		if (!holds(skb, tcp, sizeof(*tcp)))
-			return TC_ACT_SHOT;
-		opens = (tcp->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	}
 	known = bpf_map_lookup_elem(&weft_flows_to, &f);
 	if (known) {
 		to = *known;
+		expect(&f, &to);
 	} else {
 		/* Flows of tasks that are gone were removed. */
-		if (!opens || s->n == 0)
+		if (!opens(skb, f.proto) || s->n == 0)
 			return f.proto == NEXT_TCP ? reset(skb) : TC_ACT_SHOT;
 		i = bpf_get_prandom_u32() % s->n;
 		if (i >= MAX_BACKENDS)
 			return TC_ACT_SHOT;
 		to.ip4 = s->backends[i].ip4;
 		__builtin_memcpy(to.mac, s->backends[i].mac, 6);
-		if (bpf_map_update_elem(&weft_flows_to, &f, &to, BPF_ANY))
+		if (bpf_map_update_elem(&weft_flows_to, &f, &to, BPF_ANY) || !expect(&f, &to))
 			return TC_ACT_SHOT;
-		back.vni = f.vni;
-		back.src = to.ip4;
-		back.dst = f.src;
-		back.proto = f.proto;
-		back.sport = f.proto == NEXT_ICMP ? f.sport : f.dport;
-		back.dport = f.proto == NEXT_ICMP ? 0 : f.sport;
-		if (to.ip4 == f.src) { /* it answers the virtual address too */
-			back.dst = f.dst;
-			if (bpf_map_update_elem(&weft_flows_to, &back, &to, BPF_ANY))
-				return TC_ACT_SHOT;
-		} else if (bpf_map_update_elem(&weft_flows_from, &back, &f.dst, BPF_ANY)) {
-			return TC_ACT_SHOT;
-		}
 	}
 	if (which == FIRST_PART)
 		bpf_map_update_elem(&weft_parts, &part, &to, BPF_ANY);
