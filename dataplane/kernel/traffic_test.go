@@ -79,7 +79,7 @@ func (m *machine) program(t *testing.T, all ...*machine) {
 	if m.routed {
 		n.Mode = store.ModeRouted
 	}
-	s := store.Snapshot{VNI: trafficVNI, Self: m.self, Network: &n, Endpoints: m.endpoints, Services: m.services}
+	s := store.Snapshot{VNI: trafficVNI, Self: m.self, Network: &n, Endpoints: m.endpoints, Services: m.services, Served: len(m.services) > 0}
 	for _, o := range all {
 		if o == m {
 			continue

@@ -250,7 +250,7 @@ int weft_from_container(struct __sk_buff *skb)
 			return TC_ACT_SHOT;
 		}
 	}
-	if (p->flags & PORT_FAST) {
+	if (p->flags & (PORT_FAST | PORT_VIPS)) {
 		/* Headers may lie outside of the linear part. */
 		if (!holds(skb, at(skb, 0), sizeof(struct eth) + sizeof(struct ip6)))
 			pull(skb, sizeof(struct eth) + sizeof(struct ip6));
@@ -259,7 +259,7 @@ int weft_from_container(struct __sk_buff *skb)
 			what = virtual(skb, p);
 		if (what == PASS_ON) {
 			look_behind(skb, &sent);
-			what = forward(skb, s, p);
+			what = p->flags & PORT_FAST ? forward(skb, s, p) : TC_ACT_UNSPEC;
 		}
 	}
 	tally(&sent, what == TC_ACT_UNSPEC ? VERDICT_SLOW : what == TC_ACT_SHOT ? VERDICT_LOST : VERDICT_FAST);
