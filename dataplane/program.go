@@ -194,9 +194,15 @@ func planLocalDests(p Plan, s store.Snapshot, e store.Endpoint, u Underlay) {
 	}
 }
 
-// planDest makes an endpoint of a peer known to the program.
+// planDest makes an endpoint of a peer known to the program. Where the underlay's link gets
+// checksums inside of VXLAN wrong, the VXLAN device computes them; the program, which puts
+// packets of a bridged network into VXLAN without it, cannot.
 func planDest(p Plan, o Dest, n store.Network, u Underlay) {
-	if u.Program && !n.SlowPath && (o.Tunnel || u.Ethernet && u.Address.Is4() && o.Peer.Is4()) {
+	if !u.Program || n.SlowPath {
+		return
+	}
+	plain := o.IP.IsValid() || !u.NoChecksum
+	if o.Tunnel || plain && u.Ethernet && u.Address.Is4() && o.Peer.Is4() {
 		p.Add(o)
 	}
 }
