@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"os"
 	"path/filepath"
 	"sync"
@@ -91,14 +92,8 @@ func LoadProgram(folder string) *Program {
 	if p.err != nil {
 		return p
 	}
-	options := ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: p.pins}}
-	if p.err = p.load(options); errors.Is(p.err, ebpf.ErrMapIncompatible) {
-		// Of another version; its filters keep its maps until they are replaced.
-		_ = os.RemoveAll(p.pins)
-		p.err = p.load(options)
-	}
-	if p.err != nil {
-		p.err = fmt.Errorf("load the port program: %w", p.err)
+	if err := p.load(ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: p.pins}}); err != nil {
+		p.err = fmt.Errorf("load the port program: %w", err)
 	}
 	return p
 }
@@ -121,6 +116,8 @@ func (p *Program) load(options ebpf.CollectionOptions) error {
 		for _, m := range spec.Maps {
 			m.Pinning = ebpf.PinNone
 		}
+	} else if err := p.unpinOthers(spec); err != nil {
+		return err
 	}
 	if err := spec.LoadAndAssign(&p.objects, &options); err != nil {
 		return err
@@ -128,18 +125,47 @@ func (p *Program) load(options ebpf.CollectionOptions) error {
 	return p.identify()
 }
 
-func (p *Program) identify() error {
-	info, err := p.objects.WeftPorts.Info()
-	if err != nil {
-		return err
+// unpinOthers removes the pins of maps that are laid out in another way than this version
+// has them. The filters of the other version keep such a map until they are replaced; the
+// other maps, with what they know, are this version's too.
+func (p *Program) unpinOthers(spec *ebpf.CollectionSpec) error {
+	for name, m := range spec.Maps {
+		path := filepath.Join(p.pins, name)
+		pinned, err := ebpf.LoadPinnedMap(path, nil)
+		if err != nil {
+			continue // none is there, or the load says what is
+		}
+		err = m.Compatible(pinned)
+		_ = pinned.Close()
+		if errors.Is(err, ebpf.ErrMapIncompatible) {
+			err = os.Remove(path)
+		}
+		if err != nil {
+			return fmt.Errorf("map %s of another version: %w", name, err)
+		}
 	}
-	id, _ := info.ID()
+	return nil
+}
+
+// identify names the filters, by the program and all its maps: any of those may be made
+// anew and the others not.
+func (p *Program) identify() error {
+	sum := fnv.New64a()
+	_, maps := p.maps()
+	for _, m := range maps {
+		info, err := (*m).Info()
+		if err != nil {
+			return err
+		}
+		id, _ := info.ID()
+		_, _ = fmt.Fprintln(sum, id)
+	}
 	for i, prog := range p.programs() {
 		info, err := (*prog).Info()
 		if err != nil {
 			return err
 		}
-		p.name[i] = fmt.Sprintf("%s%s maps %d", filterPrefix, info.Tag, id)
+		p.name[i] = fmt.Sprintf("%s%s maps %016x", filterPrefix, info.Tag, sum.Sum64())
 	}
 	return nil
 }
@@ -219,7 +245,8 @@ func kernelFloor() error {
 	return nil
 }
 
-// pin lets the maps outlive the process.
+// pin lets the maps outlive the process. There is no moment without a pin: who dies in it
+// would leave connections through virtual addresses without what is known of them.
 func (p *Program) pin() error {
 	if p.pins == "" {
 		return nil
@@ -233,18 +260,27 @@ func (p *Program) pin() error {
 	names, maps := p.maps()
 	for i, name := range names {
 		path := filepath.Join(p.pins, name)
-		_ = os.Remove(path)              // of a map that may be another
-		again, err := (*maps[i]).Clone() // which was pinned nowhere
-		if err == nil {
-			err = again.Pin(path)
-			_ = again.Close()
-		}
-		if err != nil {
+		if err := pinAs(*maps[i], path); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
 	}
 	p.pinned = true
 	return nil
+}
+
+// pinAs pins a map in place of what is pinned there, which may be another.
+func pinAs(m *ebpf.Map, path string) error {
+	fresh := path + "_new"  // the file system wants no dots
+	_ = os.Remove(fresh)    // a former process died on the next lines
+	again, err := m.Clone() // which is pinned nowhere
+	if err != nil {
+		return err
+	}
+	defer func() { _ = again.Close() }()
+	if err := again.Pin(fresh); err != nil {
+		return err
+	}
+	return os.Rename(fresh, path)
 }
 
 // unpin lets the maps end with the process.
