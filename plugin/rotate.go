@@ -12,17 +12,18 @@ import (
 
 // rotator changes this host's WireGuard key without losing a packet (see wgKeyState).
 type rotator struct {
-	keys   *wgKeys
-	db     *store.DB
-	kernel *kernel.Kernel
-	loop   *dataplane.Loop
-	ask    chan struct{} // cap 1: change it now
-	log    *slog.Logger
+	keys    *wgKeys
+	db      *store.DB
+	tunnels func(context.Context) ([]kernel.Tunnel, error)
+	loop    *dataplane.Loop
+	ask     chan struct{} // cap 1: change it now
+	log     *slog.Logger
 }
 
 // Times of a change of keys.
 const (
-	// wayTime is how long hosts that answer nothing are waited for, on a new way.
+	// wayTime is how long hosts that answer nothing are waited for, on a new way, and
+	// how long one has that was silent and is back.
 	wayTime = 10 * time.Second
 	// moveTime is how long all peers have to hear of a step and to act on it, and
 	// movePerPeer how much longer for each of them.
@@ -61,13 +62,11 @@ func (r *rotator) run(ctx context.Context, age time.Duration) error {
 	}
 }
 
-// begin makes the new key, once no peer changes its own: the two would share the
-// second way.
+// begin makes the new key, once nobody is in the way.
 func (r *rotator) begin(ctx context.Context) error {
-	for r.peerRotates() {
-		if err := sleep(ctx, rotatePoll); err != nil {
-			return err
-		}
+	r.awaitPeers(ctx, true)
+	if err := ctx.Err(); err != nil {
+		return err
 	}
 	k, err := newWGKey()
 	if err != nil {
@@ -80,6 +79,9 @@ func (r *rotator) begin(ctx context.Context) error {
 func (r *rotator) finish(ctx context.Context) error {
 	for ctx.Err() == nil {
 		st := r.keys.state()
+		if len(st.Keys) > 1 && r.awaitPeers(ctx, false) {
+			_ = sleep(ctx, wayTime) // who is back hears of a step later than the others
+		}
 		switch {
 		case len(st.Keys) == 1:
 			r.log.Info("the WireGuard key was changed")
@@ -107,6 +109,9 @@ func (r *rotator) finish(ctx context.Context) error {
 		}
 		if ctx.Err() != nil {
 			break
+		}
+		if len(r.inTheWay(false)) > 0 {
+			continue // fell silent meanwhile, perhaps before it took the step
 		}
 		if err := r.keys.put(r.db, st); err != nil {
 			return err
@@ -138,7 +143,7 @@ func (r *rotator) answered(ctx context.Context, way int, since time.Time) bool {
 	if err != nil {
 		return false
 	}
-	devices, err := r.kernel.Tunnels(ctx)
+	devices, err := r.tunnels(ctx)
 	if err != nil {
 		return false
 	}
@@ -161,18 +166,46 @@ func (r *rotator) answered(ctx context.Context, way int, since time.Time) bool {
 	return true
 }
 
-// peerRotates reports whether a living peer changes its key.
-func (r *rotator) peerRotates() bool {
-	host, err := r.db.HostSnapshot()
-	if err != nil {
-		return false
-	}
-	for _, p := range dataplane.TunnelPeers(host, r.loop.Underlay()) {
-		if p.DeadSince.IsZero() && p.Tunnel.Rotating() {
-			return true
+// awaitPeers waits while peers are in the way, and reports whether any were.
+func (r *rotator) awaitPeers(ctx context.Context, begins bool) (waited bool) {
+	for {
+		peers := r.inTheWay(begins)
+		if len(peers) == 0 {
+			return waited
+		}
+		if !waited {
+			r.log.Info("the change of the WireGuard key waits", "peers", len(peers), "first", peers[0])
+		}
+		waited = true
+		if sleep(ctx, rotatePoll) != nil {
+			return waited
 		}
 	}
-	return false
+}
+
+func (r *rotator) inTheWay(begins bool) []string {
+	host, err := r.db.HostSnapshot()
+	if err != nil {
+		return nil // what follows fails
+	}
+	return inTheWay(dataplane.TunnelPeers(host, r.loop.Underlay()), begins)
+}
+
+// inTheWay returns the peers for which a change of keys waits, and why. One whose plugin
+// is silent takes no step, while its kernel goes on with the keys that it has: it would
+// be cut off. After some minutes it is hidden, and not among the peers any more. A
+// change that begins waits for those of others, too: the two would share the second way.
+func inTheWay(peers []store.Peer, begins bool) (out []string) {
+	for _, p := range peers {
+		switch {
+		case len(p.Tunnel.Keys) == 0:
+		case !p.DeadSince.IsZero():
+			out = append(out, p.Name+": its plugin is silent")
+		case begins && p.Tunnel.Rotating():
+			out = append(out, p.Name+": it changes its own key")
+		}
+	}
+	return out
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -262,7 +262,7 @@ func (p *process) serveRecords(ctx context.Context) error {
 	c := newCluster(p, db, identity, func(a netip.Addr) bool { return loop.Underlay().Prefix.Contains(a) })
 	loop = dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt, log: p.log,
-		rotator: &rotator{keys: keys, db: db, kernel: k, loop: loop, ask: make(chan struct{}, 1), log: p.log},
+		rotator: &rotator{keys: keys, db: db, tunnels: k.Tunnels, loop: loop, ask: make(chan struct{}, 1), log: p.log},
 		driver:  driver.New(driver.Config{DB: db, Refuse: c.copied, Fits: func(n store.Network) error { return dataplane.Fits(n, loop.Underlay()) }, Keyed: len(p.set.key) > 0, Term: p.term.now.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Hold: holdPort, Log: p.log}),
 		ipam:    ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term.now.Load, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
 	}

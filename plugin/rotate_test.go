@@ -1,0 +1,153 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/weftnet/weft/dataplane"
+	"github.com/weftnet/weft/dataplane/kernel"
+	"github.com/weftnet/weft/store"
+)
+
+// A change of this host's key takes no step while a peer's plugin is silent, at whatever
+// step it falls silent: its kernel goes on with the keys that it has. Once it is back, or
+// hidden, the change goes on to its end.
+func TestChangeOfKeyWaitsForSilentPeers(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		at   wgKeyState // what the peer falls silent at; both keys are there, of the moment
+		back func(store.Peer) store.Peer
+	}{
+		{"before it begins", wgKeyState{Keys: make([]wgKey, 1)}, alive},
+		{"hidden before it begins", wgKeyState{Keys: make([]wgKey, 1)}, hidden},
+		{"before traffic moves", wgKeyState{Keys: make([]wgKey, 2)}, alive},
+		{"before the old key goes", wgKeyState{Keys: make([]wgKey, 2), Last: true}, alive},
+		{"hidden before the old key goes", wgKeyState{Keys: make([]wgKey, 2), Last: true}, hidden},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r, peer, told := newRotator(t)
+				for i := range c.at.Keys {
+					k, err := newWGKey()
+					if err != nil {
+						t.Fatal(err)
+					}
+					c.at.Keys[i] = k
+				}
+				if err := r.keys.put(r.db, c.at); err != nil {
+					t.Fatal(err)
+				}
+				silent := peer
+				silent.DeadSince = time.Now()
+				putPeer(t, r.db, silent)
+				over := make(chan error, 1)
+				go func() {
+					if !c.at.rotates() {
+						if err := r.begin(t.Context()); err != nil {
+							over <- err
+							return
+						}
+					}
+					over <- r.finish(t.Context())
+				}()
+				time.Sleep(90 * time.Second)
+				synctest.Wait()
+				if got := r.keys.state(); !slices.Equal(got.Keys, c.at.Keys) || got.Last != c.at.Last {
+					t.Errorf("with a silent peer the change went on to %d keys, last=%t", len(got.Keys), got.Last)
+				}
+				if n := strings.Count(told.String(), "key waits"); n != 1 || !strings.Contains(told.String(), "beta: its plugin is silent") {
+					t.Errorf("what is waited for is told %d times:\n%s", n, told)
+				}
+				putPeer(t, r.db, c.back(peer))
+				if err := <-over; err != nil {
+					t.Fatal(err)
+				}
+				if got := r.keys.state(); got.rotates() || got.Keys[0] == c.at.Keys[0] {
+					t.Errorf("the change did not come to its end: %d keys", len(got.Keys))
+				}
+			})
+		})
+	}
+}
+
+func alive(p store.Peer) store.Peer { return p }
+
+func hidden(p store.Peer) store.Peer {
+	p.DeadSince, p.Hidden = time.Now(), true
+	return p
+}
+
+// A change that would begin while a peer changes its own key waits, and says so once.
+func TestChangeOfKeyWaitsForOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, peer, told := newRotator(t)
+		peer.Tunnel.Keys = append(peer.Tunnel.Keys, store.WGKey{8})
+		putPeer(t, r.db, peer)
+		over := make(chan error, 1)
+		go func() { over <- r.begin(t.Context()) }()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n := len(r.keys.state().Keys); n != 1 {
+			t.Errorf("it began: %d keys", n)
+		}
+		if n := strings.Count(told.String(), "beta: it changes its own key"); n != 1 {
+			t.Errorf("what is waited for is told %d times:\n%s", n, told)
+		}
+		peer.Tunnel.Keys = peer.Tunnel.Keys[1:]
+		putPeer(t, r.db, peer)
+		if err := <-over; err != nil || len(r.keys.state().Keys) != 2 {
+			t.Errorf("it did not begin: %v", err)
+		}
+	})
+}
+
+// newRotator returns the one of a host with an encrypted network that a peer runs, too,
+// and what it logs. The kernel has no device, so nobody ever answers.
+func newRotator(t *testing.T) (*rotator, store.Peer, *bytes.Buffer) {
+	t.Helper()
+	dir := t.TempDir()
+	db, err := store.Open(filepath.Join(dir, "weft.db"), store.Host{ID: "a", Name: "alpha"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = db.Close() })
+	keys, err := openWGKeys(filepath.Join(dir, wgKeyFile), 4798)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := store.Network{ID: "n", VNI: 7, Mode: store.ModeVXLAN, Encrypted: true, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("10.1.0.0/24")}}}
+	peer := store.Peer{Host: store.Host{ID: "b", Name: "beta", Epoch: 1, Tunnel: store.Tunnel{Port: 4798, Keys: []store.WGKey{{9}}}}}
+	putPeer(t, db, peer)
+	if err := db.Update(t.Context(), func(tx *store.Tx) error {
+		if err := tx.PutNetwork(n); err != nil {
+			return err
+		}
+		shared := n.Shared()
+		shared.Proof = n.Proof("b")
+		return tx.MergeNetworks("b", 1, 1, []store.SharedNetwork{shared})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if host, err := db.HostSnapshot(); err != nil || len(host.Tunnels) != 1 {
+		t.Fatalf("the peer runs no network of this host: %v", err)
+	}
+	var told bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&told, nil))
+	return &rotator{keys: keys, db: db, loop: dataplane.NewLoop(db, nil, nil, nil, log), log: log,
+		tunnels: func(context.Context) ([]kernel.Tunnel, error) { return nil, nil }}, peer, &told
+}
+
+func putPeer(t *testing.T, db *store.DB, p store.Peer) {
+	t.Helper()
+	if err := db.Update(t.Context(), func(tx *store.Tx) error { return tx.PutPeer(p) }); err != nil {
+		t.Fatal(err)
+	}
+}
