@@ -11,7 +11,8 @@
 //	link.go      links as the kernel tells them; linkput.go makes, linkgone.go removes them
 //	router.go    what makes a link a router's port
 //	route.go     routes of our table and the rules that lead to it
-//	tunnel.go    WireGuard devices and their peers; userspace.go those of this process
+//	tunnel.go    WireGuard devices and their peers; userspace.go those of this process,
+//	             wgmodule.go those of the kernel
 //	program.go   the port program (bpf/); filter.go where it stands; port.go, dest.go and
 //	             service.go and counters.go what it knows and tells; programmap.go its maps
 //	entry.go     forwarding entries and neighbours
@@ -37,7 +38,6 @@ import (
 	"github.com/safchain/ethtool"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-	"golang.zx2c4.com/wireguard/wgctrl"
 
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/store"
@@ -96,6 +96,10 @@ func New(cfg Config) (_ *Kernel, err error) {
 		return nil, fmt.Errorf("checksum offload %q is not known; use auto, on or off", cfg.Checksum)
 	}
 	k := &Kernel{cfg: cfg, log: cfg.Log, program: cmp.Or(cfg.Program, NoProgram("not asked for", "")), tunnels: tunnels{own: map[string]*ownDevice{}}}
+	k.tunnels.module.open, k.tunnels.module.there = openWGClient, func(device string) bool {
+		l, err := k.link(device)
+		return err == nil && l.kind == "wireguard"
+	}
 	defer func() {
 		if err != nil {
 			k.Close()
@@ -121,7 +125,7 @@ func New(cfg Config) (_ *Kernel, err error) {
 	if k.tool, err = ethtool.NewEthtool(); err != nil {
 		return nil, fmt.Errorf("open ethtool: %w", err)
 	}
-	if k.tunnels.client, err = wgctrl.New(); err != nil {
+	if k.tunnels.module.client, err = openWGClient(); err != nil {
 		return nil, fmt.Errorf("open WireGuard: %w", err)
 	}
 	if k.ns, err = os.Open("/proc/thread-self/ns/net"); err != nil {

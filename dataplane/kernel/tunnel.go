@@ -15,7 +15,6 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"github.com/weftnet/weft/dataplane"
@@ -31,15 +30,13 @@ const (
 
 // tunnels are the WireGuard devices of the host.
 type tunnels struct {
-	client *wgctrl.Client // of the kernel's module
-	mu     sync.Mutex     // guards own
+	module wgModule
+	mu     sync.Mutex // guards own
 	own    map[string]*ownDevice
 }
 
 func (t *tunnels) close() {
-	if t.client != nil {
-		_ = t.client.Close()
-	}
+	t.module.close()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, d := range t.own {
@@ -74,16 +71,20 @@ func (t *tunnels) configure(name string, c wgtypes.Config) error {
 	if d := t.running(name); d != nil {
 		return d.configure(c)
 	}
-	return t.client.ConfigureDevice(name, c)
+	return t.module.do(name, func(m wgClient) error { return m.ConfigureDevice(name, c) })
 }
 
 // device returns the state of a device, wherever it is, or os.ErrNotExist: its process
 // is gone, or there is no such link.
-func (t *tunnels) device(name string) (*wgtypes.Device, error) {
+func (t *tunnels) device(name string) (out *wgtypes.Device, err error) {
 	if d := t.running(name); d != nil {
 		return d.state()
 	}
-	return t.client.Device(name)
+	err = t.module.do(name, func(m wgClient) (err error) {
+		out, err = m.Device(name)
+		return err
+	})
+	return out, err
 }
 
 // hasModule reports whether the kernel's module is loaded.
