@@ -43,6 +43,8 @@ type TunnelPeer struct {
 	Talks bool
 	// Stray: it has allowed addresses to which no route of ours leads.
 	Stray bool
+	// Odd: it has a preshared key, or another keepalive.
+	Odd bool
 }
 
 func (WireGuard) object()  {}
@@ -66,6 +68,9 @@ func (o TunnelPeer) String() string {
 	s := fmt.Sprintf("wg %s peer %s endpoint %s persistent-keepalive %d", o.Device, o.Public, o.Endpoints, keepalive)
 	if o.Stray {
 		s += " (allowed addresses without a route)"
+	}
+	if o.Odd {
+		s += " (a preshared key, or another keepalive)"
 	}
 	return s
 }

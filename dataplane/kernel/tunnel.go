@@ -217,6 +217,7 @@ func (k *Kernel) readTunnels(p dataplane.Plan) error {
 				t.Endpoints = unmapped(peer.Endpoint).String()
 			}
 			t.Stray = len(strays(peer, routed)) > 0
+			t.Odd = peer.PresharedKey != wgtypes.Key{} || peer.PersistentKeepaliveInterval != keepaliveTime
 			p.Add(t)
 		}
 	}
@@ -309,8 +310,8 @@ func (k *Kernel) applyPeer(op dataplane.Op, o dataplane.TunnelPeer) error {
 			}
 		}
 	}
-	every := keepaliveTime
-	c.PersistentKeepaliveInterval = &every
+	every, none := keepaliveTime, wgtypes.Key{}
+	c.PersistentKeepaliveInterval, c.PresharedKey = &every, &none
 	if len(candidates) > 0 {
 		c.Endpoint = net.UDPAddrFromAddrPort(candidates[next%len(candidates)])
 	}

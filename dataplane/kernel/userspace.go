@@ -166,6 +166,9 @@ func (d *ownDevice) configure(c wgtypes.Config) error {
 		if p.Endpoint != nil {
 			fmt.Fprintf(&b, "endpoint=%s\n", p.Endpoint)
 		}
+		if p.PresharedKey != nil {
+			fmt.Fprintf(&b, "preshared_key=%s\n", hex.EncodeToString(p.PresharedKey[:]))
+		}
 		if p.PersistentKeepaliveInterval != nil {
 			fmt.Fprintf(&b, "persistent_keepalive_interval=%d\n", int(p.PersistentKeepaliveInterval.Seconds()))
 		}
@@ -219,6 +222,13 @@ func stateField(out *wgtypes.Device, p *wgtypes.Peer, name, value string) error 
 		return nil
 	}
 	switch name {
+	case "preshared_key":
+		key, err := hexKey(value)
+		p.PresharedKey = key
+		return err
+	case "persistent_keepalive_interval":
+		p.PersistentKeepaliveInterval = time.Duration(number) * time.Second
+		return numberErr
 	case "endpoint":
 		at, err := netip.ParseAddrPort(value)
 		p.Endpoint = net.UDPAddrFromAddrPort(at)
