@@ -20,7 +20,7 @@
 //	rules.go     chains and jumps as iptables-save tells them; restore.go writes them
 //	backend.go   which iptables
 //	underlay.go  addresses, routes, checksum offload
-//	watch.go     outside changes
+//	watch.go     outside changes; tunnelwatch.go those of WireGuard devices
 //
 // It knows nothing of records beyond what a Plan names, and decides nothing.
 package kernel

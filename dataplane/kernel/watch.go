@@ -37,6 +37,7 @@ func (k *Kernel) Watch(ctx context.Context) <-chan store.VNI {
 	w.listen(ctx, unix.NETLINK_NETFILTER, ruleEvent, unix.NFNLGRP_NFTABLES)
 	go w.pollLegacy(ctx)
 	go w.pollProgram(ctx)
+	go w.pollTunnels(ctx)
 	go w.collect(ctx, out)
 	return out
 }

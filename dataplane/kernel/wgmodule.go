@@ -53,6 +53,13 @@ func (m *wgModule) do(device string, ask func(wgClient) error) error {
 	return ask(fresh)
 }
 
+// look asks about a device as it is: a client that finds none stays.
+func (m *wgModule) look(device string) (*wgtypes.Device, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.client.Device(device)
+}
+
 func (m *wgModule) close() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
