@@ -235,8 +235,9 @@ func (k *Kernel) readHost(ctx context.Context) (dataplane.Plan, error) {
 type class int
 
 const (
-	classSet class = iota // also routing rules and peers of WireGuard: one by one
+	classSet class = iota // also routing rules: one by one
 	classRule
+	classPeer
 	classLink
 	classLinkGone
 	classRoute
@@ -256,7 +257,9 @@ func classOf(o dataplane.Op) class {
 		return classEntry
 	case dataplane.Dest:
 		return classDest
-	case dataplane.RouteRule, dataplane.TunnelPeer, dataplane.Program, dataplane.Service:
+	case dataplane.TunnelPeer:
+		return classPeer
+	case dataplane.RouteRule, dataplane.Program, dataplane.Service:
 		return classSet
 	}
 	if o.Verb == dataplane.Delete {
@@ -316,6 +319,8 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 	switch c {
 	case classRule:
 		return k.rules.apply(ctx, ops)
+	case classPeer:
+		return k.applyPeers(ctx, ops)
 	case classLinkGone:
 		return k.deleteLinks(ops)
 	case classRoute:
@@ -336,8 +341,6 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 			errs[i] = k.applyRule(ctx, op.Verb, o)
 		case dataplane.WireGuard:
 			errs[i] = k.putTunnel(o)
-		case dataplane.TunnelPeer:
-			errs[i] = k.applyPeer(op, o)
 		case dataplane.Service:
 			errs[i] = k.applyService(op.Verb, o)
 		case dataplane.Program:

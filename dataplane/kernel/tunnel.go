@@ -270,17 +270,63 @@ func ipNet(p netip.Prefix) net.IPNet {
 	return net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// applyPeer makes, changes or removes a peer.
-func (k *Kernel) applyPeer(op dataplane.Op, o dataplane.TunnelPeer) error {
-	c := wgtypes.PeerConfig{PublicKey: wgtypes.Key(o.Public)}
-	if op.Verb == dataplane.Delete {
-		c.Remove = true
-		err := k.tunnels.configure(o.Device, wgtypes.Config{Peers: []wgtypes.PeerConfig{c}})
-		if errors.Is(err, os.ErrNotExist) {
-			return nil
+// applyPeers makes, changes or removes peers.
+func (k *Kernel) applyPeers(ctx context.Context, ops []dataplane.Op) []error {
+	errs := make([]error, len(ops))
+	var have map[dataplane.Key]wgtypes.Peer
+	var routed map[netip.Prefix]bool
+	// What is there is read once: with it for each of many silent peers, of which each
+	// pass tries another endpoint, a pass would take their number squared.
+	if slices.ContainsFunc(ops, func(op dataplane.Op) bool { return op.Old != nil }) {
+		var err error
+		if have, routed, err = k.peers(); err != nil {
+			return fill(errs, err)
 		}
-		return err
 	}
+	for i, op := range ops {
+		if errs[i] = ctx.Err(); errs[i] != nil {
+			continue
+		}
+		o := op.Object.(dataplane.TunnelPeer)
+		switch peer, there := have[o.Key()]; {
+		case op.Verb == dataplane.Delete:
+			errs[i] = k.tunnels.configure(o.Device, wgtypes.Config{Peers: []wgtypes.PeerConfig{{PublicKey: wgtypes.Key(o.Public), Remove: true}}})
+			if errors.Is(errs[i], os.ErrNotExist) {
+				errs[i] = nil
+			}
+		case there:
+			errs[i] = k.bury(o.Device, strays(peer, routed))
+			if errs[i] == nil {
+				errs[i] = k.putPeer(o, &peer)
+			}
+		default:
+			errs[i] = k.putPeer(o, nil)
+		}
+	}
+	return errs
+}
+
+// peers returns the peers of all devices, and the prefixes that our routes lead there.
+func (k *Kernel) peers() (map[dataplane.Key]wgtypes.Peer, map[netip.Prefix]bool, error) {
+	out := map[dataplane.Key]wgtypes.Peer{}
+	for _, name := range dataplane.TunnelNames {
+		d, err := k.tunnels.device(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("WireGuard device %s: %w", name, err)
+		}
+		for _, p := range d.Peers {
+			out[dataplane.TunnelPeer{Device: name, Public: store.WGKey(p.PublicKey)}.Key()] = p
+		}
+	}
+	routed, err := k.tunnelRoutes()
+	return out, routed, err
+}
+
+// putPeer makes a peer, or changes the one that is there.
+func (k *Kernel) putPeer(o dataplane.TunnelPeer, old *wgtypes.Peer) error {
 	var candidates []netip.AddrPort
 	for text := range strings.SplitSeq(o.Endpoints, ",") {
 		if a, err := netip.ParseAddrPort(text); err == nil {
@@ -288,30 +334,15 @@ func (k *Kernel) applyPeer(op dataplane.Op, o dataplane.TunnelPeer) error {
 		}
 	}
 	next := 0
-	if op.Old != nil {
-		d, err := k.tunnels.device(o.Device)
-		if err != nil {
-			return err
-		}
-		if i := slices.IndexFunc(d.Peers, func(p wgtypes.Peer) bool { return p.PublicKey == c.PublicKey }); i >= 0 {
-			peer := d.Peers[i]
-			routed, err := k.tunnelRoutes()
-			if err != nil {
-				return err
-			}
-			if err := k.bury(o.Device, strays(peer, routed)); err != nil {
-				return err
-			}
-			switch {
-			case talks(peer):
-				candidates = nil // it is where its packets come from, whatever was recorded
-			case peer.Endpoint != nil:
-				next = slices.Index(candidates, unmapped(peer.Endpoint)) + 1
-			}
-		}
+	switch {
+	case old == nil:
+	case talks(*old):
+		candidates = nil // it is where its packets come from, whatever was recorded
+	case old.Endpoint != nil:
+		next = slices.Index(candidates, unmapped(old.Endpoint)) + 1
 	}
 	every, none := keepaliveTime, wgtypes.Key{}
-	c.PersistentKeepaliveInterval, c.PresharedKey = &every, &none
+	c := wgtypes.PeerConfig{PublicKey: wgtypes.Key(o.Public), PersistentKeepaliveInterval: &every, PresharedKey: &none}
 	if len(candidates) > 0 {
 		c.Endpoint = net.UDPAddrFromAddrPort(candidates[next%len(candidates)])
 	}

@@ -9,6 +9,7 @@ import (
 
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
+	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/dataplane/kerneltest"
 	"github.com/weftnet/weft/store"
 )
@@ -18,6 +19,7 @@ type fakeModule struct {
 	mu     sync.Mutex
 	device wgtypes.Device
 	looks  int
+	put    []wgtypes.Config
 }
 
 func (f *fakeModule) Device(string) (*wgtypes.Device, error) {
@@ -29,8 +31,12 @@ func (f *fakeModule) Device(string) (*wgtypes.Device, error) {
 	return &d, nil
 }
 
-func (f *fakeModule) ConfigureDevice(string, wgtypes.Config) error { return nil }
-func (f *fakeModule) Close() error                                 { return nil }
+func (f *fakeModule) ConfigureDevice(_ string, c wgtypes.Config) error {
+	f.put = append(f.put, c)
+	return nil
+}
+
+func (f *fakeModule) Close() error { return nil }
 
 func (f *fakeModule) change(fn func(*wgtypes.Device)) (looks int) {
 	f.mu.Lock()
@@ -143,5 +149,31 @@ func TestWatchSeesChangedDevice(t *testing.T) {
 	slices.Sort(got)
 	if !slices.Equal(got, []store.VNI{0, 7}) {
 		t.Errorf("told of %v", got)
+	}
+}
+
+// To try the next endpoint of many silent peers the devices are read once, not once for
+// each: with a thousand that was their number squared, in each pass.
+func TestManyPeersAreReadOnce(t *testing.T) {
+	k, f := fakeTunnel(t)
+	var ops []dataplane.Op
+	for n := range 100 {
+		o := dataplane.TunnelPeer{Device: "weftw0", Public: store.WGKey{3, byte(n)}, Endpoints: "192.0.2.1:1,192.0.2.1:2"}
+		ops = append(ops, dataplane.Op{Verb: dataplane.Put, Object: o, Old: o})
+		f.device.Peers = append(f.device.Peers, wgtypes.Peer{PublicKey: wgtypes.Key(o.Public), Endpoint: &net.UDPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 1}})
+	}
+	for _, err := range k.Apply(t.Context(), ops) {
+		t.Error(err)
+	}
+	if f.looks > len(dataplane.TunnelNames) {
+		t.Errorf("the devices were read %d times", f.looks)
+	}
+	if len(f.put) != len(ops) {
+		t.Fatalf("%d changes, want %d", len(f.put), len(ops))
+	}
+	for _, c := range f.put {
+		if at := c.Peers[0].Endpoint; at == nil || at.Port != 2 {
+			t.Errorf("peer %s is sought at %v, want the other endpoint", c.Peers[0].PublicKey, at)
+		}
 	}
 }
