@@ -93,6 +93,33 @@ func TestUnderlayOfDefaultRoute(t *testing.T) {
 	}
 }
 
+// On a link with several IPv6 addresses the host keeps its address whatever others come:
+// the oldest, if it is of a subnet, and neither deprecated nor temporary.
+func TestUnderlayKeepsItsIPv6Address(t *testing.T) {
+	k := newKernel(t, kernel.Config{})
+	kerneltest.Script(t, `
+		ip -6 addr flush dev under0 scope global
+		ip -6 addr add 2001:db8::128/128 dev under0 nodad
+		ip -6 addr add 2001:db8::dead/64 dev under0 nodad preferred_lft 0
+		ip -6 route add default via fe80::1 dev under0`)
+	for _, step := range []struct{ do, want string }{
+		{"", "2001:db8::128"},
+		{"ip -6 addr add 2001:db8::7/64 dev under0 nodad", "2001:db8::7"},
+		{"ip -6 addr add fd00:1::7/64 dev under0 nodad", "2001:db8::7"},
+		{"ip -6 addr add 2001:db8::129/128 dev under0 nodad", "2001:db8::7"},
+		{"ip -6 addr change 2001:db8::7/64 dev under0 preferred_lft 0", "fd00:1::7"},
+		{"ip -6 addr change 2001:db8::7/64 dev under0 preferred_lft forever valid_lft forever", "2001:db8::7"},
+		{"ip -6 addr del 2001:db8::7/64 dev under0", "fd00:1::7"},
+	} {
+		if step.do != "" {
+			kerneltest.Script(t, step.do)
+		}
+		if u, err := k.Underlay(t.Context(), netip.Addr{}); err != nil || u.Address.String() != step.want {
+			t.Errorf("after %q: %s, %v; want %s", step.do, u.Address, err, step.want)
+		}
+	}
+}
+
 func TestRoutesAndForeignVXLANs(t *testing.T) {
 	k := newKernel(t, kernel.Config{})
 	kerneltest.Script(t, `

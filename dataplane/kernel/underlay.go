@@ -86,7 +86,7 @@ func (k *Kernel) findAddress(want netip.Addr) (addr netip.Addr, index int32, rea
 
 // defaultAddress returns the address from which the best default route sends, IPv4
 // first: its preferred source, or else the link's address in the gateway's subnet,
-// or else the link's first.
+// or else the link's first (source).
 func (k *Kernel) defaultAddress() (addr netip.Addr, index int32, reason string, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		routes, err := retry(func() ([]netlink.Route, error) {
@@ -120,7 +120,10 @@ func isDefault(n *net.IPNet) bool {
 	return bits == 0
 }
 
-// source returns the address from which a route sends.
+// source returns the address from which a route sends. Of several it is the oldest, so
+// that one more does not move the host: the kernel lists those of IPv6 from the newest on
+// (ipv6_link_dev_addr in net/ipv6/addrconf.c). One without a subnet, as of a service or
+// from DHCPv6, is for want of another.
 func (k *Kernel) source(r netlink.Route, family int) (netip.Addr, error) {
 	if a, ok := netip.AddrFromSlice(r.Src); ok {
 		return a.Unmap(), nil
@@ -130,20 +133,27 @@ func (k *Kernel) source(r netlink.Route, family int) (netip.Addr, error) {
 		return netip.Addr{}, fmt.Errorf("list addresses: %w", err)
 	}
 	const unfit = unix.IFA_F_DEPRECATED | unix.IFA_F_TEMPORARY | unix.IFA_F_TENTATIVE | unix.IFA_F_SECONDARY
-	var first netip.Addr
+	if family == netlink.FAMILY_V6 {
+		slices.Reverse(list)
+	}
+	var first, single netip.Addr
 	for _, l := range list {
 		a, ok := netip.AddrFromSlice(l.IP)
 		if !ok || l.LinkIndex != r.LinkIndex || l.Flags&unfit != 0 || l.Scope != unix.RT_SCOPE_UNIVERSE {
 			continue
 		}
-		if r.Gw != nil && l.IPNet.Contains(r.Gw) {
-			return a.Unmap(), nil
-		}
-		if !first.IsValid() {
-			first = a.Unmap()
+		a = a.Unmap()
+		bits, most := l.Mask.Size()
+		switch {
+		case r.Gw != nil && l.IPNet.Contains(r.Gw):
+			return a, nil
+		case family == netlink.FAMILY_V6 && bits == most:
+			single = cmp.Or(single, a)
+		default:
+			first = cmp.Or(first, a)
 		}
 	}
-	return first, nil
+	return cmp.Or(first, single), nil
 }
 
 // retry repeats a dump of the netlink library that was interrupted.
