@@ -28,11 +28,24 @@ const (
 // BridgeName returns the name of a network's bridge.
 func BridgeName(v store.VNI) string { return bridgePrefix + strconv.Itoa(int(v)) }
 
+// BridgeVNI reads BridgeName back.
+func BridgeVNI(name string) (store.VNI, bool) {
+	number, ok := strings.CutPrefix(name, bridgePrefix)
+	v, err := strconv.ParseUint(number, 10, 24)
+	return store.VNI(v), ok && err == nil && v > 0
+}
+
 // VXLANName returns the name of a network's VXLAN device.
 func VXLANName(v store.VNI) string { return vxlanPrefix + strconv.Itoa(int(v)) }
 
 // VethName returns the name of the host's side of an endpoint's link.
 func VethName(e store.EndpointID) string { return e.HostLink() }
+
+// IsVethName reports whether VethName may have made a name.
+func IsVethName(name string) bool {
+	digest, ok := strings.CutPrefix(name, vethPrefix)
+	return ok && len(name) == len(VethName("")) && strings.Trim(digest, "0123456789abcdef") == ""
+}
 
 // PeerName returns the name that the container's side has until Docker moves it.
 func PeerName(veth string) string { return store.ContainerLink(veth) }

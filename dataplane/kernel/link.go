@@ -56,6 +56,8 @@ type link struct {
 	// there, and forwards it.
 	router4, forward6 bool
 	localnet          bool // packets to and from 127.0.0.0/8 pass
+	// network is set where the alias tells none (adopt).
+	network store.VNI
 }
 
 // port is the part of a link that is a port of a bridge.
@@ -74,12 +76,48 @@ type tunnel struct {
 }
 
 // vni returns the network that the link belongs to, if it is ours: name and
-// alias must both say so.
+// alias must both say so, or what adopt found.
 func (l *link) vni() (store.VNI, bool) {
 	if !strings.HasPrefix(l.name, dataplane.LinkPrefix) {
 		return 0, false
 	}
-	return dataplane.AliasVNI(l.alias)
+	if v, ok := dataplane.AliasVNI(l.alias); ok {
+		return v, true
+	}
+	return l.network, l.network != 0
+}
+
+// renamed reports whether the link looks like an endpoint's to which somebody gave
+// another alias, as tools do for SNMP.
+func (l *link) renamed() bool {
+	_, ok := dataplane.AliasVNI(l.alias)
+	return !ok && l.kind == "veth" && dataplane.IsVethName(l.name)
+}
+
+// adopt tells by what they hang on whose the renamed links are: by the bridge of a
+// network, or by a route of ours. As a stranger's the link would count as lost, and the
+// address of its container would become free.
+func (k *Kernel) adopt(links []*link) error {
+	var routes []route
+	for _, l := range links {
+		if !l.renamed() {
+			continue
+		}
+		if at := slices.IndexFunc(links, func(o *link) bool { return o.index == l.master && o.kind == "bridge" }); at >= 0 {
+			l.network, _ = dataplane.BridgeVNI(links[at].name)
+			continue
+		}
+		if routes == nil {
+			var err error
+			if routes, err = k.routes(); err != nil {
+				return err
+			}
+		}
+		if at := slices.IndexFunc(routes, func(r route) bool { return r.link == l.index && !r.odd }); at >= 0 {
+			l.network = store.VNI(routes[at].metric)
+		}
+	}
+	return nil
 }
 
 // ours reports whether the link is ours: a network's, or a WireGuard device.
@@ -111,7 +149,7 @@ func (k *Kernel) links() ([]*link, error) {
 			out = append(out, l)
 		}
 	}
-	return out, nil
+	return out, k.adopt(out)
 }
 
 // link returns one link by name, or errNoLink.
@@ -130,6 +168,15 @@ func (k *Kernel) link(name string) (*link, error) {
 	l, ok := parseLink(msg)
 	if !ok {
 		return nil, fmt.Errorf("link %s: the kernel's answer is malformed", name)
+	}
+	if l.renamed() {
+		links, err := k.links()
+		if err != nil {
+			return nil, err
+		}
+		if at := slices.IndexFunc(links, func(o *link) bool { return o.index == l.index }); at >= 0 {
+			return links[at], nil
+		}
 	}
 	return l, nil
 }
