@@ -30,6 +30,9 @@ const (
 	inet6Conf   = 2 // IFLA_INET6_CONF
 	genModeNone = 1 // IN6_ADDR_GEN_MODE_NONE
 
+	operUnknown = 0 // IF_OPER_UNKNOWN: of devices that have no carrier to lose
+	operUp      = 6 // IF_OPER_UP
+
 	skipStats = 1 << 3 // RTEXT_FILTER_SKIP_STATS
 )
 
@@ -46,6 +49,7 @@ type link struct {
 	mtu    int
 	mac    store.MAC
 	up     bool
+	oper   bool // up, and not without a carrier
 	ether  bool // frames have Ethernet headers
 	port   port
 	bridge bridgeSettings
@@ -61,7 +65,15 @@ type link struct {
 }
 
 // port is the part of a link that is a port of a bridge.
-type port struct{ learning, suppress, hairpin bool }
+type port struct {
+	learning, suppress, hairpin bool
+	limited                     bool // isolated or locked, or the bridge does not flood all to it
+	stopped                     bool // it forwards nothing; so does one without a carrier
+}
+
+// forwarding is the state of a port that forwards (BR_STATE_FORWARDING in
+// include/uapi/linux/if_bridge.h).
+const forwarding = 3
 
 // bridgeSettings must all be off.
 type bridgeSettings struct{ stp, snooping, vlan bool }
@@ -210,6 +222,8 @@ func parseLink(b []byte) (*link, bool) {
 			l.away = true
 		case unix.IFLA_GROUP:
 			l.group = u32(v)
+		case unix.IFLA_OPERSTATE:
+			l.oper = l.up && (u8(v) == operUp || u8(v) == operUnknown)
 		case unix.IFLA_LINKINFO:
 			l.parseKind(v)
 		case unix.IFLA_AF_SPEC:
@@ -236,6 +250,12 @@ func (l *link) parseKind(b []byte) {
 					l.port.suppress = u8(v) != 0
 				case nl.IFLA_BRPORT_MODE:
 					l.port.hairpin = u8(v) != 0
+				case nl.IFLA_BRPORT_ISOLATED, nl.IFLA_BRPORT_LOCKED, nl.IFLA_BRPORT_MAB, nl.IFLA_BRPORT_PROXYARP, nl.IFLA_BRPORT_PROXYARP_WIFI:
+					l.port.limited = l.port.limited || u8(v) != 0
+				case nl.IFLA_BRPORT_UNICAST_FLOOD, nl.IFLA_BRPORT_MCAST_FLOOD, nl.IFLA_BRPORT_BCAST_FLOOD:
+					l.port.limited = l.port.limited || u8(v) == 0
+				case nl.IFLA_BRPORT_STATE:
+					l.port.stopped = u8(v) != forwarding
 				}
 			}
 		}
@@ -335,10 +355,10 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
 		case "vxlan":
 			p.Add(dataplane.VXLAN{Name: l.name, Alias: l.alias, VNI: l.tunnel.vni, Local: l.tunnel.local, Port: l.tunnel.port,
 				Underlay: spoil(name(l.tunnel.under), map[string]bool{"learning or default destination": l.tunnel.odd}),
-				Bridge:   spoil(name(l.master), map[string]bool{"learning": l.port.learning}),
+				Bridge:   spoil(name(l.master), wrongPort(l, byIndex[l.master])),
 				MTU:      l.mtu, MAC: l.mac, Up: l.up, Suppress: l.port.suppress, NoChecksum: !k.offloads(l.name)})
 		case "veth":
-			o := readVeth(l, byIndex[l.lower], name(l.master))
+			o := readVeth(l, byIndex[l.lower], byIndex[l.master])
 			if l.master == 0 {
 				r, err := router(l)
 				if err != nil {
@@ -358,10 +378,14 @@ func (k *Kernel) readLinks(p dataplane.Plan, links []*link, v store.VNI) error {
 	return nil
 }
 
-func readVeth(l, peer *link, bridge string) dataplane.Veth {
+func readVeth(l, peer, bridge *link) dataplane.Veth {
+	name := ""
+	if bridge != nil {
+		name = bridge.name
+	}
 	e, _ := dataplane.ParseEndpointAlias(l.alias)
 	o := dataplane.Veth{Name: l.name, Alias: l.alias, MAC: e.MAC, MTU: l.mtu, Up: l.up, Joined: e.Sandbox != "",
-		Hairpin: l.port.hairpin, Bridge: spoil(bridge, map[string]bool{"learning": l.port.learning})}
+		Hairpin: l.port.hairpin, Bridge: spoil(name, wrongPort(l, bridge))}
 	if waits(l, peer) {
 		o.MAC, o.Waits = peer.mac, true
 		if peer.mtu != o.MTU {
@@ -376,9 +400,16 @@ func waits(l, peer *link) bool {
 	return peer != nil && !l.away && peer.name == dataplane.PeerName(l.name)
 }
 
+// wrongPort returns what is wrong with a port of a bridge. One of a bridge that is down
+// forwards nothing, and will when that is up.
+func wrongPort(l, bridge *link) map[string]bool {
+	return map[string]bool{"learning": l.port.learning, "isolated, locked or without flooding": l.port.limited,
+		"stopped": l.port.stopped && l.oper && bridge != nil && bridge.up}
+}
+
 // spoil appends the settings that are on and should not be.
 func spoil(s string, wrong map[string]bool) string {
-	for _, what := range []string{"stp", "multicast snooping", "vlan filtering", "learning", "learning or default destination"} {
+	for _, what := range []string{"stp", "multicast snooping", "vlan filtering", "learning", "learning or default destination", "isolated, locked or without flooding", "stopped"} {
 		if wrong[what] {
 			s += " (" + what + ")"
 		}

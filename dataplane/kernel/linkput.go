@@ -113,15 +113,40 @@ func (k *Kernel) raise(name string, closed, up bool) error {
 	return nil
 }
 
-// portAttr sets the flags of a bridge's port.
+// portAttr sets the flags of a bridge's port. Those that a kernel does not know it
+// passes over.
 func portAttr(suppress, hairpin bool) *nl.RtAttr {
+	attrs := []*nl.RtAttr{flag(nl.IFLA_BRPORT_LEARNING, false), flag(nl.IFLA_BRPORT_NEIGH_SUPPRESS, suppress), flag(nl.IFLA_BRPORT_MODE, hairpin)}
+	for _, off := range []int{nl.IFLA_BRPORT_ISOLATED, nl.IFLA_BRPORT_LOCKED, nl.IFLA_BRPORT_MAB, nl.IFLA_BRPORT_PROXYARP, nl.IFLA_BRPORT_PROXYARP_WIFI} {
+		attrs = append(attrs, flag(off, false))
+	}
+	for _, on := range []int{nl.IFLA_BRPORT_UNICAST_FLOOD, nl.IFLA_BRPORT_MCAST_FLOOD, nl.IFLA_BRPORT_BCAST_FLOOD} {
+		attrs = append(attrs, flag(on, true))
+	}
+	return slaveAttr(attrs...)
+}
+
+func slaveAttr(attrs ...*nl.RtAttr) *nl.RtAttr {
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(unix.IFLA_INFO_SLAVE_KIND, []byte("bridge"))
 	data := info.AddRtAttr(unix.IFLA_INFO_SLAVE_DATA, nil)
-	data.AddChild(flag(nl.IFLA_BRPORT_LEARNING, false))
-	data.AddChild(flag(nl.IFLA_BRPORT_NEIGH_SUPPRESS, suppress))
-	data.AddChild(flag(nl.IFLA_BRPORT_MODE, hairpin))
+	for _, a := range attrs {
+		data.AddChild(a)
+	}
 	return info
+}
+
+// forward lets a port forward that somebody has stopped. Without a carrier it cannot,
+// and will by itself when that is back.
+func (k *Kernel) forward(l *link) error {
+	if l == nil || !l.port.stopped || !l.oper {
+		return nil
+	}
+	err := k.route.do(change(l.name, slaveAttr(nl.NewRtAttr(nl.IFLA_BRPORT_STATE, []byte{forwarding}))))
+	if errors.Is(err, unix.ENETDOWN) {
+		return nil
+	}
+	return err
 }
 
 // build makes a link: first is the creation. If a later message fails the link is
@@ -263,7 +288,10 @@ func (k *Kernel) putVXLAN(o dataplane.VXLAN) error {
 	if err := k.setOffload(o.Name, !o.NoChecksum); err != nil {
 		return err
 	}
-	return k.raise(o.Name, false, o.Up)
+	if err := k.raise(o.Name, false, o.Up); err != nil || o.Bridge == "" {
+		return err
+	}
+	return k.forward(l)
 }
 
 func tunnelData(o dataplane.VXLAN, under int32) *nl.RtAttr {
@@ -362,7 +390,10 @@ func (k *Kernel) putVeth(o dataplane.Veth) error {
 	if err := k.route.do(change(o.Name, masterAttr(bridge)), change(o.Name, more...)); err != nil {
 		return err
 	}
-	return k.raiseVeth(o)
+	if err := k.raiseVeth(o); err != nil || o.Bridge == "" {
+		return err
+	}
+	return k.forward(l)
 }
 
 // raiseVeth sets the link up; before that the port program stands on it, and a router's
