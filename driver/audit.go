@@ -105,7 +105,7 @@ func (a *Audit) once(ctx context.Context) error {
 			a.lost[e.ID] = true
 			a.d.Log.Warn("endpoint has lost its link: its container is gone", "endpoint", e.ID, "vni", e.VNI, "address", e.IPv4, "for", age)
 			err = a.change(ctx, e, func(tx *store.Tx) error {
-				e.Sandbox, e.Left = "", true
+				e.Sandbox, e.Left, e.Ports = "", true, nil
 				_, err := tx.PutEndpoint(e)
 				return err
 			})
@@ -187,18 +187,24 @@ func (a *Audit) forgotten(tx *store.Tx, id store.NetworkID) (bool, error) {
 	return len(eps) == 0, err
 }
 
-// change writes, unless a call of Docker has changed the endpoint meanwhile.
+// change writes and gives the endpoint's ports back to the host, unless a call of Docker
+// has changed the endpoint meanwhile.
 func (a *Audit) change(ctx context.Context, e store.Endpoint, fn func(*store.Tx) error) error {
-	return a.d.DB.Update(ctx, func(tx *store.Tx) error {
+	written := false
+	err := a.d.DB.Update(ctx, func(tx *store.Tx) error {
 		now, err := tx.Endpoint(e.Network, e.ID)
-		if errors.Is(err, store.ErrNotFound) || err == nil && now.Seq != e.Seq {
+		if written = err == nil && now.Seq == e.Seq; written {
+			return fn(tx)
+		}
+		if errors.Is(err, store.ErrNotFound) {
 			return nil
 		}
-		if err != nil {
-			return err
-		}
-		return fn(tx)
+		return err
 	})
+	if err == nil && written {
+		a.d.release(e.ID)
+	}
+	return err
 }
 
 // allocations forgets, as the Swarm's leader, the networks that Docker has not repeated

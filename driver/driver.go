@@ -335,7 +335,19 @@ func hostName(tx *store.Tx, id store.HostID) string {
 // DeleteNetwork removes a network. An unknown one is no error: Docker asks once.
 func (d *Driver) DeleteNetwork(ctx context.Context, r network.DeleteNetworkRequest) (struct{}, error) {
 	store.FailPoint("driver.DeleteNetwork.before")
-	err := d.DB.Update(ctx, func(tx *store.Tx) error { return tx.DeleteNetwork(store.NetworkID(r.NetworkID)) })
+	id := store.NetworkID(r.NetworkID)
+	var eps []store.Endpoint
+	err := d.DB.Update(ctx, func(tx *store.Tx) (err error) {
+		if eps, err = tx.Endpoints(id); err != nil {
+			return err
+		}
+		return tx.DeleteNetwork(id)
+	})
+	if err == nil {
+		for _, e := range eps { // Docker may have forgotten them
+			d.release(e.ID)
+		}
+	}
 	store.FailPoint("driver.DeleteNetwork.written")
 	return struct{}{}, err
 }

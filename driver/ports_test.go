@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/docker/go-plugins-helpers/network"
 	"github.com/google/go-cmp/cmp"
@@ -127,6 +128,52 @@ func TestPortsArePublishedAndTakenBack(t *testing.T) {
 	}
 	if left := h.keys(); len(left) > 0 {
 		t.Errorf("held for nobody: %v", left)
+	}
+}
+
+// What Docker does not take back, because it was killed, goes with the record.
+func TestPortsOfForgottenEndpointsAreGivenBack(t *testing.T) {
+	const port = `{"Proto":6,"Port":80,"HostPort":8080,"HostPortEnd":8080}`
+	for _, lost := range []bool{true, false} {
+		d, h, publish := published(t)
+		f, now := d.Sync.(*fakeSync), time.Now()
+		a := NewAudit(d, 0, func() time.Time { return now })
+		grace := idleGrace // its link was never taken
+		if lost {
+			grace = lostGrace
+		}
+		if _, err := d.Join(t.Context(), network.JoinRequest{NetworkID: netA, EndpointID: epA, SandboxKey: "/x"}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := publish(epA, port); err != nil {
+			t.Fatal(err)
+		}
+		if lost {
+			f.missing = []store.EndpointID{epA}
+		} else {
+			f.untaken = []store.EndpointID{epA}
+		}
+		for range 2 {
+			if err := a.once(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			now = now.Add(grace)
+		}
+		if left := h.keys(); len(left) > 0 {
+			t.Errorf("lost %v: held for nobody: %v", lost, left)
+		}
+		if !lost {
+			continue
+		}
+		if _, err := publish(epB, port); err != nil {
+			t.Errorf("the next container cannot have the port: %v", err)
+		}
+		if _, err := d.DeleteNetwork(t.Context(), network.DeleteNetworkRequest{NetworkID: netA}); err != nil {
+			t.Fatal(err)
+		}
+		if left := h.keys(); len(left) > 0 {
+			t.Errorf("held after the network: %v", left)
+		}
 	}
 }
 
