@@ -292,11 +292,12 @@ func planPorts(p Plan, v6 bool, published []store.Endpoint, networks []store.Net
 		for _, port := range e.Ports {
 			to := ""
 			switch {
-			case !port.HostIP.IsValid() && v6:
-				to = "! -d ::1 " // the process that holds the port hands that on
-			case !port.HostIP.IsValid():
-			case port.HostIP.Is6() != v6 || port.HostIP == netip.IPv6Loopback():
+			case port.HostIP.IsValid() && port.HostIP.Is6() != v6, port.HostIP == netip.IPv6Loopback():
 				continue
+			case !port.HostIP.IsValid() || port.HostIP.IsUnspecified():
+				if v6 {
+					to = "! -d ::1 " // the process that holds the port hands that on
+				}
 			default:
 				to = "-d " + port.HostIP.String() + " "
 			}

@@ -63,9 +63,7 @@ func parsePorts(options map[string]any) ([]ask, error) {
 			if a.HostIP, err = netip.ParseAddr(b.HostIP); err != nil {
 				return nil, fmt.Errorf("host address %s of port %d is no address", clip(b.HostIP), b.Port)
 			}
-			if a.HostIP = a.HostIP.Unmap(); a.HostIP == netip.IPv4Unspecified() {
-				a.HostIP = netip.Addr{}
-			}
+			a.HostIP = a.HostIP.Unmap()
 		}
 		out = append(out, a)
 	}
@@ -149,6 +147,10 @@ func (d *Driver) choosePorts(e store.Endpoint, asks []ask, others []store.Endpoi
 	}()
 	for _, a := range asks {
 		if a.HostIP.IsValid() && (a.HostIP.Is4() && !e.IPv4.IsValid() || a.HostIP.Is6() && !e.IPv6.IsValid()) {
+			if a.HostIP.IsUnspecified() { // as Docker has it: 0.0.0.0 and [::] are often given together
+				d.Log.Warn("port is not published: the endpoint has no address of that family", "endpoint", e.ID, "port", a.Port.Port, "on", a.HostIP)
+				continue
+			}
 			return nil, fmt.Errorf("port %d cannot be published on %s: the endpoint has no address of that family", a.Port.Port, a.HostIP)
 		}
 		p, err := d.choosePort(e, a, others, out)

@@ -131,6 +131,52 @@ func TestPortsArePublishedAndTakenBack(t *testing.T) {
 	}
 }
 
+// As Docker has it: 0.0.0.0 is IPv4 alone, :: IPv6 alone, and nothing is both.
+func TestPortsOfOneFamily(t *testing.T) {
+	d, h, publish := published(t)
+	const v4, v6 = `{"Proto":6,"Port":80,"HostIP":"0.0.0.0","HostPort":8080,"HostPortEnd":8080}`, `{"Proto":6,"Port":80,"HostIP":"::","HostPort":8080,"HostPortEnd":8080}`
+	if got, err := publish(epA, v4+","+v6); err != nil || !slices.Equal(got, []string{"0.0.0.0:8080->80/tcp"}) {
+		t.Errorf("an endpoint with IPv4 alone: %v, %v", got, err)
+	}
+	if err := d.DB.Update(t.Context(), func(tx *store.Tx) error {
+		for id, address := range map[store.EndpointID]string{epA: "fd00:50::2/64", epB: "fd00:50::3/64"} {
+			e, err := tx.Endpoint(netA, id)
+			if err != nil {
+				return err
+			}
+			e.IPv6 = netip.MustParsePrefix(address)
+			if _, err := tx.PutEndpoint(e); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := publish(epA, v4+","+v6); err != nil || !slices.Equal(got, []string{"0.0.0.0:8080->80/tcp", "[::]:8080->80/tcp"}) {
+		t.Errorf("both, as Compose files have them: %v, %v", got, err)
+	}
+	if diff := cmp.Diff([]string{"tcp 0.0.0.0:8080", "tcp [::]:8080"}, h.keys()); diff != "" {
+		t.Error(diff)
+	}
+	if got, err := publish(epA, v4); err != nil || !slices.Equal(h.keys(), []string{"tcp 0.0.0.0:8080"}) {
+		t.Errorf("0.0.0.0: %v, %v, held %v", got, err, h.keys())
+	}
+	for _, clash := range []string{v4, `{"Proto":6,"Port":80,"HostIP":"192.0.2.1","HostPort":8080}`, `{"Proto":6,"Port":80,"HostPort":8080}`} {
+		if _, err := publish(epB, clash); err == nil || !strings.Contains(err.Error(), "already allocated") {
+			t.Errorf("%s beside 0.0.0.0: %v", clash, err)
+		}
+	}
+	for _, other := range []string{v6, `{"Proto":6,"Port":80,"HostIP":"2001:db8::1","HostPort":8080}`} {
+		if _, err := publish(epB, other); err != nil {
+			t.Errorf("%s beside 0.0.0.0: %v", other, err)
+		}
+	}
+	if _, err := publish(epA, `{"Proto":6,"Port":80,"HostPort":9090}`); err != nil || !slices.Contains(h.keys(), "tcp 0.0.0.0:9090") || !slices.Contains(h.keys(), "tcp [::]:9090") {
+		t.Errorf("no address: %v, held %v", err, h.keys())
+	}
+}
+
 // What Docker does not take back, because it was killed, goes with the record.
 func TestPortsOfForgottenEndpointsAreGivenBack(t *testing.T) {
 	const port = `{"Proto":6,"Port":80,"HostPort":8080,"HostPortEnd":8080}`

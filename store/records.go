@@ -326,7 +326,7 @@ type Endpoint struct {
 type Port struct {
 	Proto    string     `json:"proto"`           // "tcp", "udp" or "sctp"
 	Port     uint16     `json:"port"`            // of the endpoint
-	HostIP   netip.Addr `json:"hostIP,omitzero"` // zero: all addresses of the host
+	HostIP   netip.Addr `json:"hostIP,omitzero"` // zero: all addresses of the host; 0.0.0.0 or ::, those of the family
 	HostPort uint16     `json:"hostPort"`
 }
 
@@ -343,7 +343,13 @@ func (p Port) String() string {
 
 // Overlaps reports whether two cannot be published on one host.
 func (p Port) Overlaps(o Port) bool {
-	return p.Proto == o.Proto && p.HostPort == o.HostPort && (p.HostIP == o.HostIP || !p.HostIP.IsValid() || !o.HostIP.IsValid())
+	if p.Proto != o.Proto || p.HostPort != o.HostPort {
+		return false
+	}
+	if !p.HostIP.IsValid() || !o.HostIP.IsValid() || p.HostIP == o.HostIP {
+		return true
+	}
+	return p.HostIP.Is4() == o.HostIP.Is4() && (p.HostIP.IsUnspecified() || o.HostIP.IsUnspecified())
 }
 
 // Shared returns the part of the endpoint that peers need.
