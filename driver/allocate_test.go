@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -63,6 +64,28 @@ func TestAllocationIsRepeated(t *testing.T) {
 	}
 	if again := mustAllocate(t, d, allocation(swarmNet, "10.91.0.0/24", nil)); again[OptKey] == first[OptKey] {
 		t.Error("a new network has the key of the one that was freed")
+	}
+}
+
+// The answer stands beside the user's own options, in Weft's spelling.
+func TestAllocationOfOptionsInAnySpelling(t *testing.T) {
+	d, _ := newDriver(t)
+	for i, given := range []map[string]string{
+		{"meet": "10.0.0.1, 10.0.0.2"}, {"vni": "05000"}, {"key": strings.Repeat("AB", keyBytes)},
+		{"encrypted": "", "weft.encrypted": "yes", "weft.meet": "10.0.0.1", "meet": "::ffff:10.0.0.1"}} {
+		id, pool := fmt.Sprint("network", i), fmt.Sprintf("10.9%d.0.0/24", i)
+		answer := mustAllocate(t, d, allocation(id, pool, given))
+		n, err := parseNetwork(network.CreateNetworkRequest{NetworkID: id, Options: map[string]any{keyGeneric: anyValues(answer)},
+			IPv4Data: []*network.IPAMData{{Pool: pool, Gateway: strings.Replace(pool, ".0/", ".1/", 1)}}})
+		if err != nil {
+			t.Errorf("%v is allocated as %v, which no host makes: %v", given, answer, err)
+		}
+		if want := strings.Count(given["meet"], ",") + 1; given["meet"] != "" && len(n.Meet) != want {
+			t.Errorf("%v: hosts to meet are %v, not %d", given, n.Meet, want)
+		}
+		if again := mustAllocate(t, d, allocation(id, pool, answer)); !maps.Equal(again, answer) {
+			t.Errorf("%v: answered %v, then %v", given, answer, again)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -188,11 +189,16 @@ func validIfname(v string, most int) bool {
 }
 
 // parseOptions reads the -o options of a network. One key twice under different
-// names must say the same.
+// names must mean the same: Weft's own answer to Swarm stands beside what the user
+// wrote, and spells it in its own way.
 func parseOptions(given map[string]string) (settings, error) {
 	s := settings{mode: store.ModeVXLAN}
 	table := options()
-	seen := map[string]string{}
+	type first struct {
+		key  string
+		said settings // by this option alone
+	}
+	seen := map[string]first{}
 	keys := make([]string, 0, len(given))
 	for k := range given {
 		keys = append(keys, k)
@@ -206,13 +212,18 @@ func parseOptions(given map[string]string) (settings, error) {
 			return s, fmt.Errorf("option %s is not known%s; the README lists them all", clip(k), nearest(k, table))
 		}
 		o := table[i]
-		if first, twice := seen[o.Key]; twice && given[first] != given[k] {
-			return s, fmt.Errorf("options %s=%s and %s=%s contradict each other; give one of them", first, clip(shown(first, given[first])), k, clip(shown(k, given[k])))
-		}
-		seen[o.Key] = k
-		if err := o.set(&s, given[k]); err != nil {
+		var alone settings
+		if err := o.set(&alone, given[k]); err != nil {
 			return s, fmt.Errorf("option %s: %w", k, err)
 		}
+		if f, twice := seen[o.Key]; twice {
+			if !reflect.DeepEqual(f.said, alone) {
+				return s, fmt.Errorf("options %s=%s and %s=%s contradict each other; give one of them", f.key, clip(shown(f.key, given[f.key])), k, clip(shown(k, given[k])))
+			}
+			continue
+		}
+		seen[o.Key] = first{k, alone}
+		_ = o.set(&s, given[k]) // as above
 	}
 	return s, s.agree()
 }
