@@ -143,11 +143,11 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 	if !errors.Is(err, store.ErrNotFound) {
 		return a, err
 	}
-	if self := d.DB.Self().Address; len(a.Meet) == 0 && self.IsValid() && len(n.Key) == 0 {
-		a.Meet = []netip.Addr{self}
-	}
-	if n.VNI != 0 && len(n.Key) > 0 {
+	if answered(n) {
 		return a, nil // another leader's answer
+	}
+	if self := d.DB.Self().Address; len(a.Meet) == 0 && self.IsValid() {
+		a.Meet = []netip.Addr{self}
 	}
 	if err := oneFamily(a.Prefixes); err != nil {
 		return a, err
@@ -174,6 +174,12 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 		}
 	}
 	return a, errors.New("no free vni was found; give one with -o vni")
+}
+
+// answered reports whether the options hold what AllocateNetwork once answered. A vni
+// and a key under other names are the user's, and are checked.
+func answered(n store.Network) bool {
+	return n.VNI != 0 && n.Options[OptVNI] == strconv.Itoa(int(n.VNI)) && len(n.Key) > 0 && n.Options[OptKey] == hex.EncodeToString(n.Key)
 }
 
 // oneFamily refuses IPv6. Swarm's leader gives a task one address of a network, from

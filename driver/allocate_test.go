@@ -97,6 +97,32 @@ func TestAllocationAvoidsTakenVNIs(t *testing.T) {
 	}
 }
 
+// A vni and a key that the user chose are no former answer.
+func TestAllocationOfChosenVNIAndKeyIsChecked(t *testing.T) {
+	d, _ := newDriver(t)
+	d.DB.SetAddress(netip.MustParseAddr("192.0.2.1"), 1500)
+	addRemote(t, d, "beta", 5001, "10.99.0.0/24", "10.99.0.7", store.MAC{2, 0, 0, 0, 0, 1})
+	mustAllocate(t, d, allocation("another", "10.92.0.0/24", nil))
+	given := func(vni string) map[string]string {
+		return map[string]string{"vni": vni, "key": strings.Repeat("ab", keyBytes)}
+	}
+	for want, r := range map[string]network.AllocateNetworkRequest{
+		"on host beta":     allocation(swarmNet, "10.90.0.0/24", given("5001")),
+		"overlaps":         allocation(swarmNet, "10.92.0.0/25", given("5000")),
+		"leave --ipv6 out": allocation(swarmNet, "fd00:92::/64", given("5000")),
+		"link flannel.1":   allocation(swarmNet, "10.90.0.0/24", given("77")),
+		"not a key of 32":  allocation(swarmNet, "10.90.0.0/24", map[string]string{"vni": "5000", "key": "ab"}),
+	} {
+		if answer, err := d.AllocateNetwork(t.Context(), r); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: %v, %v; want %q", r.Options, answer, err, want)
+		}
+	}
+	answer := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", given("5000")))
+	if answer[optMeet] != "192.0.2.1" || answer[OptVNI] != "5000" {
+		t.Errorf("answered %v; hosts cannot find each other by it", answer)
+	}
+}
+
 func TestAllocationIsRefused(t *testing.T) {
 	d, _ := newDriver(t)
 	mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1400", "vni": "5000"}))
