@@ -230,10 +230,17 @@ func (d *Driver) replaces(tx *store.Tx, a store.Allocation) error {
 	return nil
 }
 
-// former reports whether Docker asked for an allocation in an earlier term alone.
+// former reports whether Docker asked for an allocation in an earlier term alone, and
+// asks anew in this one.
 func (d *Driver) former(a store.Allocation) bool {
 	term := d.term()
-	return term != 0 && a.Term != term
+	return term != 0 && a.Term != term && d.Repeats()
+}
+
+// Repeats reports whether Docker asks in this term for all that it has: what it has not
+// asked for may be gone.
+func (d *Driver) Repeats() bool {
+	return d.Doubt == nil || !d.Doubt() || d.repeated.Load() == d.term()
 }
 
 func (d *Driver) term() uint64 {

@@ -193,6 +193,26 @@ func TestAllocationOfAnEarlierTerm(t *testing.T) {
 	}
 }
 
+// A plugin that is started anew on the leader is told nothing again: what it has counts.
+func TestAllocationStaysWhenOnlyThePluginIsNew(t *testing.T) {
+	d, _ := newDriver(t)
+	term, doubt := uint64(1), false
+	d.Term, d.Doubt = func() uint64 { return term }, func() bool { return doubt }
+	stays := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil))
+	mustAllocate(t, d, allocation("other", "10.91.0.0/24", nil))
+	term, doubt = 2, true
+	for _, r := range []network.AllocateNetworkRequest{allocation("late", "10.90.0.0/25", nil), allocation("late", "10.92.0.0/24", map[string]string{"vni": stays[OptVNI]})} {
+		if answer, err := d.AllocateNetwork(t.Context(), r); err == nil {
+			t.Errorf("%v is what another network has, and allocated: %v", r, answer)
+		}
+	}
+	mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", stays)) // it repeats after all
+	mustAllocate(t, d, allocation("late", "10.91.0.0/25", nil))
+	if ids := allocated(t, d); !slices.Equal(ids, []store.NetworkID{"late", swarmNet}) {
+		t.Errorf("allocated are %v", ids)
+	}
+}
+
 // A manager that leads again is told of all networks that are left; it forgets the
 // others. That only the plugin is new, and Docker repeats nothing, is no reason.
 func TestAllocationThatIsNotRepeatedIsForgotten(t *testing.T) {

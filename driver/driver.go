@@ -52,7 +52,7 @@ type VXLAN struct {
 	Port uint16
 }
 
-// Config is what a Driver works with. All fields but Term, Refuse, Fits and Hold are needed.
+// Config is what a Driver works with. All fields but Term, Doubt, Refuse, Fits and Hold are needed.
 type Config struct {
 	DB *store.DB
 	// Refuse returns why this host must not make anything new now, or nil.
@@ -65,7 +65,10 @@ type Config struct {
 	// all that its Swarm has, or 0 before. What it has not asked for since then is not
 	// known to count: a manager that becomes the leader again may have missed the end of
 	// networks. nil: there is one term.
-	Term   func() uint64
+	Term func() uint64
+	// Doubt reports whether Docker may ask for nothing in this term, since only the plugin
+	// is new to it. nil: it asks.
+	Doubt  func() bool
 	Sync   Syncer
 	Routes func(context.Context) ([]Route, error)
 	VXLANs func(context.Context) ([]VXLAN, error)

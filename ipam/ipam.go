@@ -69,8 +69,11 @@ type Config struct {
 	// Term returns a number: a pool of the global space that Docker requested under
 	// another one is not known to be in use. See driver.Config.
 	Term func() uint64
-	Now  func() time.Time // nil means time.Now
-	Log  *slog.Logger     // nil means none
+	// Repeats reports whether Docker is known to request in this term all that it has.
+	// nil: it does.
+	Repeats func() bool
+	Now     func() time.Time // nil means time.Now
+	Log     *slog.Logger     // nil means none
 }
 
 // IPAM serves the calls. All methods may be called from any goroutine.
@@ -249,10 +252,11 @@ func (i *IPAM) living(pools []store.Pool) []store.Pool {
 	return slices.DeleteFunc(slices.Clone(pools), i.former)
 }
 
-// former reports whether Docker asked for a pool of the global space in an earlier term.
+// former reports whether Docker asked for a pool of the global space in an earlier term
+// alone, and asks anew in this one.
 func (i *IPAM) former(p store.Pool) bool {
 	term := i.term()
-	return p.Space == GlobalSpace && term != 0 && p.Term != term
+	return p.Space == GlobalSpace && term != 0 && p.Term != term && (i.cfg.Repeats == nil || i.cfg.Repeats())
 }
 
 func (i *IPAM) term() uint64 {

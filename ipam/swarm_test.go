@@ -254,8 +254,36 @@ func TestPoolOfAnEarlierTermDoesNotClash(t *testing.T) {
 		}
 	}
 	term = 2
+	repeats := false
+	b.cfg.Repeats = func() bool { return repeats }
+	if err := ask("10.90.0.0/25"); err == nil {
+		t.Error("only the plugin is new, and an overlapping pool is given out")
+	}
+	repeats = true
 	if err := ask("10.90.0.0/25"); err != nil {
 		t.Errorf("in a later term: %v", err)
+	}
+}
+
+// A pool of another driver's network has no allocation of ours. That only the plugin is
+// new is no reason to take it away.
+func TestPoolStaysWhenOnlyThePluginIsNew(t *testing.T) {
+	b := newBed(t)
+	term, repeats := uint64(1), true
+	b.cfg.Term, b.cfg.Repeats = func() uint64 { return term }, func() bool { return repeats }
+	if _, err := b.RequestPool(t.Context(), api.RequestPoolRequest{AddressSpace: GlobalSpace, Pool: swarmPool}); err != nil {
+		t.Fatal(err)
+	}
+	term, repeats = 2, false
+	for range 3 {
+		if b.poolsAfter(t, time.Hour) != 1 {
+			t.Fatal("the pool is removed")
+		}
+	}
+	repeats = true
+	b.poolsAfter(t, 0)
+	if b.poolsAfter(t, time.Hour) != 0 {
+		t.Error("the pool stays though Docker has not asked for it again")
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 
 // testProcess is one that answers calls with the settings' defaults.
 func testProcess() *process {
-	return &process{set: settings{scope: "local"}, swarm: newDiscovery(), term: openTerm("/nonexistent/term", slog.New(slog.DiscardHandler))}
+	return &process{set: settings{scope: "local"}, swarm: newDiscovery(), term: openTerm("/nonexistent/term", "", slog.New(slog.DiscardHandler))}
 }
 
 func TestDiscovery(t *testing.T) {

@@ -3,10 +3,12 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/signal"
 	"runtime"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -23,10 +25,11 @@ const (
 
 // inheritFlag tells a child that its sockets are open already, as the file descriptors
 // 3 (Docker's) and 4 (admin), and that those of the port program follow; noProgramFlag
-// why they do not.
+// why they do not; parentFlag tells the children of one parent from those of another.
 const (
 	inheritFlag      = "inherit"
 	noProgramFlag    = "no-program"
+	parentFlag       = "parent"
 	firstProgramFile = 5
 )
 
@@ -46,7 +49,7 @@ func keepChild(args []string, docker, admin net.Listener, port *kernel.Program, 
 		defer f.Close()
 		files = append(files, f)
 	}
-	args = append(append([]string{os.Args[0], "plugin"}, args...), "-"+inheritFlag)
+	args = append(append([]string{os.Args[0], "plugin"}, args...), "-"+inheritFlag, "-"+parentFlag, strconv.FormatUint(rand.Uint64(), 16))
 	if err := port.Err(); err != nil {
 		args = append(args, "-"+noProgramFlag, err.Error())
 	}

@@ -38,7 +38,10 @@ func (p *process) routes() []call {
 		onDriver("NetworkDriver.ProgramExternalConnectivity", (*driver.Driver).ProgramExternalConnectivity),
 		onDriver("NetworkDriver.RevokeExternalConnectivity", (*driver.Driver).RevokeExternalConnectivity),
 
-		atOnce("IpamDriver.GetCapabilities", ipam.Capabilities{}),
+		call{method: "IpamDriver.GetCapabilities", noBody: true, serve: func(context.Context, *gate, []byte) (any, error) {
+			p.term.settle()
+			return ipam.Capabilities{}, nil
+		}},
 		atOnce("IpamDriver.GetDefaultAddressSpaces", api.AddressSpacesResponse{
 			LocalDefaultAddressSpace: ipam.LocalSpace, GlobalDefaultAddressSpace: ipam.GlobalSpace}),
 		onIPAM("IpamDriver.RequestPool", (*ipam.IPAM).RequestPool),

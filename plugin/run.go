@@ -69,6 +69,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	flags.StringVar(&p.places.bpf, "bpf", "/run/weft/bpf", "bpf file system, where the port program's maps outlive the process")
 	flags.StringVar(&p.places.sysnet, "sysnet", "/run/weft/sysnet", "where the host's /proc/sys/net can be written")
 	inherit := flags.Bool(inheritFlag, false, "the sockets are open already, as file descriptors 3 and 4, and the port program from 5 on")
+	parent := flags.String(parentFlag, "", "a name of the process that started this one with -inherit")
 	noProgram := flags.String(noProgramFlag, "", "why the port program is not loaded")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -97,7 +98,7 @@ func run(ctx context.Context, args []string, errOut io.Writer) error {
 	// Most of the heap is what the cluster has, which stays: collecting at half of the
 	// usual garbage costs little processor and saves a quarter of the memory.
 	debug.SetGCPercent(50)
-	p.started, p.gate, p.swarm, p.term = time.Now(), newGate(), newDiscovery(), openTerm(filepath.Join(p.places.state, termFile), p.log)
+	p.started, p.gate, p.swarm, p.term = time.Now(), newGate(), newDiscovery(), openTerm(filepath.Join(p.places.state, termFile), *parent, p.log)
 	p.metrics = newMetrics(p.gate)
 	p.journal = openJournal(filepath.Join(p.places.state, journalFolder), p.log)
 	p.log.Info("weft listens", "version", buildVersion(), "pid", os.Getpid())
@@ -263,9 +264,9 @@ func (p *process) serveRecords(ctx context.Context) error {
 	loop = dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt, log: p.log,
 		rotator: &rotator{keys: keys, db: db, tunnels: k.Tunnels, loop: loop, ask: make(chan struct{}, 1), log: p.log},
-		driver:  driver.New(driver.Config{DB: db, Refuse: c.copied, Fits: func(n store.Network) error { return dataplane.Fits(n, loop.Underlay()) }, Keyed: len(p.set.key) > 0, Term: p.term.now.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Hold: holdPort, Log: p.log}),
-		ipam:    ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term.now.Load, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log}),
+		driver:  driver.New(driver.Config{DB: db, Refuse: c.copied, Fits: func(n store.Network) error { return dataplane.Fits(n, loop.Underlay()) }, Keyed: len(p.set.key) > 0, Term: p.term.now.Load, Doubt: p.term.doubt.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Hold: holdPort, Log: p.log}),
 	}
+	svc.ipam = ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term.now.Load, Repeats: svc.driver.Repeats, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log})
 	// Before the gate opens: nothing of what follows may come in between.
 	p.journal.finish(ctx, svc)
 	if err := svc.driver.HoldPorts(); err != nil {
