@@ -1,7 +1,9 @@
 package driver
 
 import (
+	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -159,5 +161,41 @@ func TestForgottenNetworkOfSwarmIsRemoved(t *testing.T) {
 	want := []store.NetworkID{netA, used, "b" + store.NetworkID(swarmNet[1:])}
 	if diff := cmp.Diff(want, left()); diff != "" {
 		t.Errorf("-want +got\n%s", diff)
+	}
+}
+
+// A removal that came while the plugin was disabled does not come again; subnet and vni
+// were taken for ever.
+func TestForgottenByCommand(t *testing.T) {
+	d, f := newDriver(t)
+	mustNet(t, d, createNet(netA, "10.50.0.0/24", `"vni":"5000"`))
+	for ep, address := range map[string]string{epA: "10.50.0.2/24", epB: "10.50.0.3/24"} {
+		if _, err := d.CreateEndpoint(t.Context(), decode[network.CreateEndpointRequest](t, createEp(netA, ep, address))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := d.Join(t.Context(), network.JoinRequest{NetworkID: netA, EndpointID: epA, SandboxKey: "/x"}); err != nil {
+		t.Fatal(err)
+	}
+	again := decode[network.CreateNetworkRequest](t, createNet(netB, "10.50.0.0/24", ""))
+	if _, err := d.CreateNetwork(t.Context(), again); err == nil || !strings.Contains(err.Error(), "weft forget aaaaaaaaaaaa") {
+		t.Errorf("the clash does not say what to do: %v", err)
+	}
+	before := state(t, d)
+	if _, err := d.Forget(t.Context(), netA); err == nil || !strings.Contains(err.Error(), "is in a container") {
+		t.Errorf("a container lives on it: %v", err)
+	}
+	if after := state(t, d); after != before {
+		t.Errorf("records changed:\n%s\n%s", before, after)
+	}
+	f.missing = []store.EndpointID{epA} // its container is gone, as the other's
+	if n, err := d.Forget(t.Context(), netA); err != nil || n.VNI != 5000 {
+		t.Fatalf("%+v, %v", n, err)
+	}
+	if _, err := d.Forget(t.Context(), netA); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("twice: %v", err)
+	}
+	if _, err := d.CreateNetwork(t.Context(), again); err != nil {
+		t.Error(err)
 	}
 }

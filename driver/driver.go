@@ -246,7 +246,7 @@ func checkClashes(tx *store.Tx, n store.Network, routes []Route, host string) er
 		for _, o := range all {
 			for _, p := range o.Prefixes() {
 				if p.Overlaps(s.Pool) {
-					return fmt.Errorf("subnet %s overlaps %s of Weft network %.12s (vni %d); choose another", s.Pool, p, o.ID, o.VNI)
+					return fmt.Errorf("subnet %s overlaps %s of Weft network %.12s (vni %d); choose another%s", s.Pool, p, o.ID, o.VNI, orForget(o.ID))
 				}
 			}
 		}
@@ -257,6 +257,12 @@ func checkClashes(tx *store.Tx, n store.Network, routes []Route, host string) er
 		}
 	}
 	return nil
+}
+
+// orForget is what to do about a network of this host that is in the way and that Docker
+// has no more: its removal came while the plugin was disabled, and does not come again.
+func orForget(id store.NetworkID) string {
+	return fmt.Sprintf(", or, if docker network ls does not show that one any more: weft forget %.12s", id)
 }
 
 // chooseVNI checks the VNI asked for, or takes the one under which a peer runs a
@@ -294,7 +300,7 @@ type clashError struct{ error }
 func checkVNI(tx *store.Tx, n store.Network, foreign []VXLAN, port uint16) error {
 	o, err := tx.NetworkByVNI(n.VNI)
 	if err == nil {
-		return clashError{fmt.Errorf("vni %d belongs to Weft network %.12s with subnets %v on this host; choose another", n.VNI, o.ID, o.Prefixes())}
+		return clashError{fmt.Errorf("vni %d belongs to Weft network %.12s with subnets %v on this host; choose another%s", n.VNI, o.ID, o.Prefixes(), orForget(o.ID))}
 	}
 	if !errors.Is(err, store.ErrNotFound) {
 		return err
@@ -338,21 +344,48 @@ func hostName(tx *store.Tx, id store.HostID) string {
 // DeleteNetwork removes a network. An unknown one is no error: Docker asks once.
 func (d *Driver) DeleteNetwork(ctx context.Context, r network.DeleteNetworkRequest) (struct{}, error) {
 	store.FailPoint("driver.DeleteNetwork.before")
-	id := store.NetworkID(r.NetworkID)
+	err := d.removeNetwork(ctx, store.NetworkID(r.NetworkID), func([]store.Endpoint) error { return nil })
+	store.FailPoint("driver.DeleteNetwork.written")
+	return struct{}{}, err
+}
+
+// removeNetwork deletes a network with the endpoints that Docker has forgotten, and gives
+// their ports back to the host; not if may refuses.
+func (d *Driver) removeNetwork(ctx context.Context, id store.NetworkID, may func([]store.Endpoint) error) error {
 	var eps []store.Endpoint
 	err := d.DB.Update(ctx, func(tx *store.Tx) (err error) {
 		if eps, err = tx.Endpoints(id); err != nil {
 			return err
 		}
+		if err := may(eps); err != nil {
+			return err
+		}
 		return tx.DeleteNetwork(id)
 	})
-	if err == nil {
-		for _, e := range eps { // Docker may have forgotten them
-			d.release(e.ID)
-		}
+	if err != nil {
+		return err
 	}
-	store.FailPoint("driver.DeleteNetwork.written")
-	return struct{}{}, err
+	for _, e := range eps {
+		d.release(e.ID)
+	}
+	return nil
+}
+
+// Forget removes a network whose removal in Docker did not reach this host, and returns
+// what it was. One with a container on it stays.
+func (d *Driver) Forget(ctx context.Context, id store.NetworkID) (n store.Network, err error) {
+	if err := d.DB.View(func(tx *store.Tx) (err error) { n, err = tx.Network(id); return err }); err != nil {
+		return n, err
+	}
+	gone := d.Sync.Missing(n.VNI)
+	return n, d.removeNetwork(ctx, id, func(eps []store.Endpoint) error {
+		for _, e := range eps {
+			if e.Sandbox != "" && !e.Left && !slices.Contains(gone, e.ID) {
+				return fmt.Errorf("endpoint %.12s is in a container; remove that first", e.ID)
+			}
+		}
+		return nil
+	})
 }
 
 // AbandonNetwork removes a network whose CreateNetwork a crash cut off: Docker

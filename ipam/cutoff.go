@@ -55,6 +55,42 @@ func (i *IPAM) DropUnused(ctx context.Context) error {
 	return nil
 }
 
+// Forget removes the pools with these prefixes, and returns them: Docker gave them to a
+// network that it no longer has, and its ReleasePool did not come. Those that another
+// network of this host or of the Swarm has stay.
+func (i *IPAM) Forget(ctx context.Context, prefixes []netip.Prefix) (gone []store.Pool, err error) {
+	err = i.update(ctx, "ReleasePool", func(tx *store.Tx) (func(), error) {
+		gone = nil
+		pools, err := tx.Pools()
+		if err != nil {
+			return nil, err
+		}
+		networks, err := tx.Networks()
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range pools {
+			kept, err := allocated(tx, p)
+			if err != nil {
+				return nil, err
+			}
+			if kept || inNetwork(networks, p) || !slices.Contains(prefixes, p.Prefix) {
+				continue
+			}
+			if err := tx.DeletePool(p.ID); err != nil {
+				return nil, err
+			}
+			gone = append(gone, p)
+		}
+		return func() {
+			for _, p := range gone {
+				delete(i.books, p.ID)
+			}
+		}, nil
+	})
+	return gone, err
+}
+
 // ReleaseCutOff ends a ReleasePool that a crash cut off. Whether the call had
 // counted is not known then, so of a pool with several references none is taken.
 func (i *IPAM) ReleaseCutOff(ctx context.Context, r api.ReleasePoolRequest) error {

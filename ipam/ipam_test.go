@@ -202,3 +202,25 @@ func (b *bed) open2(t testing.TB) {
 	}
 	b.open(t)
 }
+
+func TestPoolsAreForgottenUnlessAnotherHasThem(t *testing.T) {
+	b := newBed(t)
+	for _, pool := range []string{"10.70.0.0/24", "10.71.0.0/24", "10.72.0.0/24"} {
+		b.must(t, b.pool(t, pool, ""), "")
+	}
+	b.write(t, func(tx *store.Tx) error {
+		return tx.PutNetwork(store.Network{ID: "other", VNI: 5000, Mode: "vxlan", Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("10.71.0.0/24")}}})
+	})
+	gone, err := b.Forget(t.Context(), []netip.Prefix{netip.MustParsePrefix("10.70.0.0/24"), netip.MustParsePrefix("10.71.0.0/24")})
+	if err != nil || len(gone) != 1 || gone[0].ID != LocalSpace+"/10.70.0.0/24" {
+		t.Errorf("gone are %+v, %v", gone, err)
+	}
+	pools, err := b.Status()
+	if err != nil || len(pools) != 2 {
+		t.Errorf("left are %+v, %v", pools, err)
+	}
+	// Made again it is empty, also in memory.
+	if got := b.must(t, b.pool(t, "10.70.0.0/24", ""), "10.70.0.1"); got != "10.70.0.1/24" {
+		t.Errorf("got %s", got)
+	}
+}

@@ -8,8 +8,6 @@ import (
 	"net/netip"
 	"runtime"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/weftnet/weft/dataplane"
@@ -60,6 +58,9 @@ func (p *process) adminHandler() http.Handler {
 	on("/v1/ipam", func(_ context.Context, s *services, _ *http.Request) (any, error) { return s.ipam.Status() })
 	on("/v1/plan", func(ctx context.Context, s *services, r *http.Request) (any, error) {
 		return s.plan(ctx, r.URL.Query().Get("network"))
+	})
+	handle("POST /v1/forget", func(ctx context.Context, s *services, r *http.Request) (any, error) {
+		return s.forget(ctx, store.NetworkID(r.URL.Query().Get("network")), r.URL.Query().Get("pools") != "keep")
 	})
 	on("/v1/encryption", func(ctx context.Context, s *services, _ *http.Request) (any, error) { return s.encryption(ctx) })
 	handle("POST /v1/encryption/rotate", func(_ context.Context, s *services, _ *http.Request) (any, error) { return struct{}{}, s.changeKey() })
@@ -390,37 +391,6 @@ func (s *services) peers(crypt encryptionReply) ([]peerReply, error) {
 		}
 	}
 	return out, err
-}
-
-// find returns the network that a user means: "host", a VNI, or the beginning of
-// Docker's id. One that only the kernel has left can be named by its VNI.
-func (s *services) find(name string) (id store.NetworkID, vni store.VNI, err error) {
-	if name == "" || name == "host" {
-		return "", store.HostVNI, nil
-	}
-	var all []store.Network
-	if err := s.db.View(func(tx *store.Tx) (err error) { all, err = tx.Networks(); return err }); err != nil {
-		return "", 0, err
-	}
-	number, numErr := strconv.ParseUint(name, 10, 24)
-	var found []store.Network
-	for _, n := range all {
-		if numErr == nil && uint64(n.VNI) == number {
-			return n.ID, n.VNI, nil
-		}
-		if strings.HasPrefix(string(n.ID), name) {
-			found = append(found, n)
-		}
-	}
-	switch {
-	case len(found) == 1:
-		return found[0].ID, found[0].VNI, nil
-	case len(found) > 1:
-		return "", 0, fmt.Errorf("%d networks begin with %q; give more of the id", len(found), name)
-	case numErr == nil && number > 0:
-		return "", store.VNI(number), nil
-	}
-	return "", 0, fmt.Errorf("network %.80q: %w on this host; weft networks lists them", name, store.ErrNotFound)
 }
 
 func (s *services) plan(ctx context.Context, name string) (planReply, error) {

@@ -135,6 +135,13 @@ type planReply struct {
 	Ops     []string        `json:"ops"`
 }
 
+// forgetReply answers POST /v1/forget.
+type forgetReply struct {
+	Network store.NetworkID `json:"network"`
+	VNI     store.VNI       `json:"vni"`
+	Pools   []string        `json:"pools"` // that went with it
+}
+
 // auditReply answers GET /v1/audit.
 type auditReply struct {
 	Differences []difference `json:"differences"`

@@ -47,6 +47,7 @@ func verbs() []verb {
 		{name: "ipam", help: "address pools and their leases", prepare: simple(pools)},
 		{name: "plan", args: "NETWORK", help: "what the kernel should hold for a network (name, id, VNI, or \"host\"), what it holds, the difference", prepare: plan},
 		{name: "audit", help: "differences between Docker, records and kernel", prepare: audit},
+		{name: "forget", args: "NETWORK", help: "remove what is left of a network (name, id or VNI) that Docker no longer has: its removal came while the plugin was disabled", prepare: forget},
 		{name: "version", help: "versions of command and plugin", prepare: simple(versions)},
 		{name: "install", help: "put this command into the path, and make it \"docker weft\"", prepare: install},
 		{name: "settings", help: "the plugin's settings as a table", hidden: true, prepare: simple(func(_ context.Context, c *cli) error { printSettings(c.out); return nil })},

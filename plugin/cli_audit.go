@@ -121,7 +121,7 @@ func compareNetworks(plugin string, theirs []dockerNetwork, ours []networkReply,
 	for _, n := range ours {
 		known[n.ID] = n.VNI
 		if !slices.ContainsFunc(theirs, func(t dockerNetwork) bool { return t.ID == string(n.ID) && t.Driver == plugin }) {
-			add(n.ID, n.VNI, "recorded, but Docker has no such network")
+			add(n.ID, n.VNI, "recorded, but Docker has no such network; if it stays so: weft forget %.12s", n.ID)
 		}
 	}
 	recorded := map[store.EndpointID]endpointReply{}
