@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -308,7 +309,8 @@ func (i *IPAM) exhausted(tx *store.Tx, c choice, in span, h holders) error {
 
 // ReleaseAddress frees an address; it cools before it is given out again. An
 // unknown pool or address is no error. The gateway of a pool with several
-// references stays until the last one is about to go.
+// references stays until the last one is about to go; that of a network that was refused
+// because another has the pool does not.
 func (i *IPAM) ReleaseAddress(ctx context.Context, r api.ReleaseAddressRequest) (struct{}, error) {
 	if r.PoolID == "" {
 		return struct{}{}, errors.New("release address: PoolID is empty")
@@ -326,14 +328,20 @@ func (i *IPAM) ReleaseAddress(ctx context.Context, r api.ReleaseAddressRequest) 
 			return nil, err
 		}
 		l, err := tx.Lease(p.ID, a)
-		if errors.Is(err, store.ErrNotFound) || err == nil && (!l.Freed.IsZero() || l.Kind == kindGateway && p.Refs > 1) {
+		if errors.Is(err, store.ErrNotFound) || err == nil && !l.Freed.IsZero() {
 			return nil, errUnchanged
 		}
 		if err != nil {
 			return nil, err
 		}
-		if kept, err := allocated(tx, p); err != nil || kept && l.Kind == kindGateway {
-			return nil, cmp.Or(err, errUnchanged)
+		kept, err := allocated(tx, p)
+		if err != nil {
+			return nil, err
+		}
+		if l.Kind == kindGateway && (kept || p.Refs > 1) {
+			if stays, err := standsFor(tx, l, p); err != nil || stays {
+				return nil, cmp.Or(err, errUnchanged)
+			}
 		}
 		l.Freed = i.cfg.Now().UTC()
 		return func() { i.books[p.ID].freed(l) }, tx.PutLease(l)
@@ -342,4 +350,22 @@ func (i *IPAM) ReleaseAddress(ctx context.Context, r api.ReleaseAddressRequest) 
 		return struct{}{}, fmt.Errorf("release address %s of pool %s: %w", a, quote(r.PoolID), err)
 	}
 	return struct{}{}, nil
+}
+
+// standsFor reports whether a gateway's lease is that of a network which has the pool:
+// one of this host, or the first that asked.
+func standsFor(tx *store.Tx, l store.Lease, p store.Pool) (bool, error) {
+	networks, err := tx.Networks()
+	if err != nil {
+		return false, err
+	}
+	for _, n := range networks {
+		if slices.ContainsFunc(n.Subnets, func(s store.Subnet) bool { return s.Pool == p.Prefix && s.Gateway == l.Address }) {
+			return true, nil
+		}
+	}
+	leases, err := tx.Leases(p.ID)
+	return !slices.ContainsFunc(leases, func(o store.Lease) bool {
+		return o.Kind == kindGateway && o.Freed.IsZero() && o.Address != l.Address && o.Taken.Before(l.Taken)
+	}), err
 }

@@ -109,6 +109,35 @@ func TestAutoSkipsWhatOthersHold(t *testing.T) {
 	}
 }
 
+// A second network with the subnet of the first, and a gateway of its own, is refused;
+// that gateway was leased for as long as the first network lived.
+func TestGatewayOfARefusedNetworkIsFreed(t *testing.T) {
+	b := newBed(t)
+	const pool = "10.70.0.0/24"
+	id := b.pool(t, pool, "")
+	b.must(t, id, "10.70.0.1", optType, gatewayType)
+	for _, recorded := range []bool{false, true} {
+		b.now = b.now.Add(time.Hour)
+		if recorded { // of another driver it is not
+			b.write(t, func(tx *store.Tx) error {
+				return tx.PutNetwork(store.Network{ID: "n1", VNI: 4096, Mode: "vxlan", Subnets: []store.Subnet{{Pool: netip.MustParsePrefix(pool), Gateway: netip.MustParseAddr("10.70.0.1")}}})
+			})
+		}
+		for _, gateway := range []string{"10.70.0.254", "10.70.0.1"} {
+			b.pool(t, pool, "")
+			b.must(t, id, gateway, optType, gatewayType)
+			b.release(t, id, gateway)
+			b.releasePool(t, id)
+		}
+		b.must(t, id, "10.70.0.254")
+		b.release(t, id, "10.70.0.254")
+		_, err := b.ask(t, id, "10.70.0.1")
+		wantErr(t, err, "taken by the gateway")
+	}
+	b.release(t, id, "10.70.0.1") // of the last one
+	b.must(t, id, "10.70.0.1")
+}
+
 func TestGatewayIsChosenClearOfPeers(t *testing.T) {
 	b := newBed(t)
 	b.peer(t, "beta", 4096, "10.70.0.0/24", 1, "10.70.0.1", "10.70.0.2")
