@@ -285,6 +285,11 @@ func setSubnets(s *settings, v string) error {
 		if p.Bits() == 0 {
 			return fmt.Errorf("%s is everything; choose a private range", p)
 		}
+		for _, special := range []string{"0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "::1/128", "::ffff:0:0/96", "fe80::/10", "ff00::/8"} {
+			if q := netip.MustParsePrefix(special); q.Overlaps(p) {
+				return fmt.Errorf("%s holds addresses of %s, which no container can have; choose a private range", p, q)
+			}
+		}
 		for _, o := range s.subnets {
 			if o.Overlaps(p) {
 				return fmt.Errorf("%s and %s overlap; name each range once", o, p)

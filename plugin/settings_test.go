@@ -113,6 +113,12 @@ func TestWrongSettingsNameSettingValueAndRemedy(t *testing.T) {
 		{"WEFT_SUBNETS", "10.0.0.1/8", "write 10.0.0.0/8"},
 		{"WEFT_SUBNETS", "0.0.0.0/0", "private range"},
 		{"WEFT_SUBNETS", "10.0.0.0/8 10.1.0.0/16", "overlap"},
+		{"WEFT_SUBNETS", "127.0.0.0/8", "private range"},
+		{"WEFT_SUBNETS", "120.0.0.0/5", "127.0.0.0/8"},
+		{"WEFT_SUBNETS", "224.0.0.0/8", "224.0.0.0/4"},
+		{"WEFT_SUBNETS", "169.254.0.0/16", "private range"},
+		{"WEFT_SUBNETS", "fe80::/64", "fe80::/10"},
+		{"WEFT_SUBNETS", "fd00::/16 ff02::/16", "ff00::/8"},
 	} {
 		t.Run(c.name+"="+c.value, func(t *testing.T) {
 			_, err := parse(map[string]string{c.name: c.value}, nil)
