@@ -9,8 +9,7 @@ import (
 	"strings"
 )
 
-// plan shows a network's plan, the kernel's state and the difference. A name is
-// Docker's matter, so it is looked up there when the plugin does not know it.
+// plan shows a network's plan, the kernel's state and the difference.
 func plan(c *cli) func(context.Context, []string) error {
 	return func(ctx context.Context, args []string) error {
 		if len(args) != 1 {
@@ -30,18 +29,26 @@ func plan(c *cli) func(context.Context, []string) error {
 	}
 }
 
+// askPlan tries Docker's name first: a network may be called as the id of another begins,
+// or by a number.
 func askPlan(ctx context.Context, c *cli, name string) (planReply, error) {
-	p, err := ask[planReply](ctx, &c.admin, "/v1/plan?network="+url.QueryEscape(name))
-	var unknown *httpError
-	if !errors.As(err, &unknown) || unknown.status != http.StatusNotFound {
-		return p, err
+	of := func(name string) (planReply, error) {
+		return ask[planReply](ctx, &c.admin, "/v1/plan?network="+url.QueryEscape(name))
+	}
+	if name == "host" { // one of Docker's own networks, too
+		return of(name)
 	}
 	for id, n := range c.docker.names(ctx) {
-		if n == name {
-			return ask[planReply](ctx, &c.admin, "/v1/plan?network="+url.QueryEscape(string(id)))
+		if n != name {
+			continue
+		}
+		p, err := of(string(id))
+		var unknown *httpError
+		if !errors.As(err, &unknown) || unknown.status != http.StatusNotFound {
+			return p, err
 		}
 	}
-	return p, err
+	return of(name)
 }
 
 func printPlan(c *cli, p planReply) {

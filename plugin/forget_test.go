@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	api "github.com/docker/go-plugins-helpers/ipam"
@@ -43,6 +44,17 @@ func TestForgetTakesThePoolAlong(t *testing.T) {
 		}
 		if _, err := s.forget(t.Context(), id, pools); err == nil {
 			t.Error("a network that is not there was forgotten")
+		}
+	}
+}
+
+func TestNetworkIsFoundByVNIThenID(t *testing.T) {
+	all := []store.Network{{ID: "4097aa", VNI: 4096}, {ID: "4097bb", VNI: 5000}, {ID: "c0", VNI: 4097}}
+	for name, want := range map[string]string{"4097": "c0", "4097a": "4097aa", "5000": "4097bb", "c": "c0",
+		"40": "2 networks begin with", "4098": "not found", "": "not found", "app": "not found"} {
+		n, err := match(all, name)
+		if err != nil && !strings.Contains(err.Error(), want) || err == nil && string(n.ID) != want {
+			t.Errorf("%q: %s, %v; want %s", name, n.ID, err, want)
 		}
 	}
 }
