@@ -92,6 +92,7 @@ type Cluster struct {
 	moved   chan struct{} // cap 1: the own address may have changed
 	outbid  chan struct{} // cap 1: somebody holds a newer record of this host
 	fetches chan struct{} // semaphore
+	retries chan struct{} // semaphore, of peers that did not answer
 	stats   counters
 	drops   drops
 	reach   func(netip.Addr) error // nil: everybody; tests cut hosts off with it
@@ -148,7 +149,7 @@ func New(cfg Config) (*Cluster, error) {
 	}
 	c := &Cluster{cfg: cfg, db: cfg.DB, id: cfg.Identity.ID, log: cfg.Log, keys: k, cert: cert,
 		boot: uint64(time.Now().UnixNano()), table: newTable(time.Now, cfg.DB.Self().Epoch),
-		moved: make(chan struct{}, 1), outbid: make(chan struct{}, 1), fetches: make(chan struct{}, maxFetches),
+		moved: make(chan struct{}, 1), outbid: make(chan struct{}, 1), fetches: make(chan struct{}, maxFetches), retries: make(chan struct{}, maxRetries),
 		verified: map[string]verified{}}
 	c.under, c.clock = sockets{}, time.Now
 	c.ways.peers = map[store.HostID]found{}

@@ -27,10 +27,13 @@ const (
 	doubtSpacing = 10 * time.Millisecond
 	idleStream   = 10 * time.Second // an open stream is kept so long for the next digest
 	dialTime     = 2 * time.Second
-	askTime      = time.Minute // one answer with all its frames
+	fetchTime    = time.Minute // all answers of a fetch; what has come is kept
 	retryFirst   = 200 * time.Millisecond
 	retryMost    = 5 * time.Second
 	maxFetches   = 16 // at once, of all peers
+	// Peers that did not answer have slots of their own: one to which packets are dropped
+	// holds a slot for the time of a dial, and news of the others would wait for it.
+	maxRetries = 4
 )
 
 // stream is an open record stream to an owner.
@@ -96,10 +99,16 @@ func (c *Cluster) greet(conn *tls.Conn) error {
 	return c.keys.checkProof(state, "owner", h.Proof)
 }
 
-// ask sends one request and reads the whole answer.
-func (s *stream) ask(q request) (answer, error) {
-	end := time.Now().Add(askTime)
-	_ = s.conn.SetDeadline(time.Now().Add(ioTime))
+// ask sends one request and reads the whole answer, until end at most.
+func (s *stream) ask(q request, end time.Time) (answer, error) {
+	inTime := func() {
+		deadline := time.Now().Add(ioTime)
+		if deadline.After(end) {
+			deadline = end
+		}
+		_ = s.conn.SetDeadline(deadline)
+	}
+	inTime()
 	if err := writeFrame(s.conn, q); err != nil {
 		return answer{}, err
 	}
@@ -107,11 +116,7 @@ func (s *stream) ask(q request) (answer, error) {
 	backends, from := 0, &io.LimitedReader{R: s.conn, N: maxAnswer}
 	for first := true; ; first = false {
 		var a answer
-		deadline := time.Now().Add(ioTime)
-		if deadline.After(end) {
-			deadline = end
-		}
-		_ = s.conn.SetDeadline(deadline)
+		inTime()
 		if err := readFrame(from, maxFrame, &a); err != nil {
 			if from.N <= 0 {
 				err = fmt.Errorf("answer for vni %d is over the limit of %d bytes", q.VNI, maxAnswer)
@@ -192,14 +197,18 @@ func (c *Cluster) follow(ctx context.Context, id store.HostID) {
 				spread = true
 			}
 		}
+		slots := c.fetches
+		if failed > 0 {
+			slots = c.retries
+		}
 		select {
-		case c.fetches <- struct{}{}:
+		case slots <- struct{}{}:
 		case <-ctx.Done():
 			return
 		}
 		open := s != nil
 		err := c.fetch(ctx, id, &s, whole)
-		<-c.fetches
+		<-slots
 		if ctx.Err() != nil {
 			return
 		}
@@ -252,21 +261,25 @@ func (c *Cluster) fetch(ctx context.Context, id store.HostID, s **stream, whole 
 		(*s).close()
 		*s = nil
 	}
+	end := time.Now().Add(fetchTime)
 	ask := func(q request) (answer, error) {
 		c.stats.fetches.Add(1)
 		if *s != nil {
-			if a, err := (*s).ask(q); err == nil {
+			if a, err := (*s).ask(q, end); err == nil {
 				return a, nil
 			}
 			(*s).close() // a busy owner closes idle streams
 			*s = nil
+		}
+		if time.Now().After(end) {
+			return answer{}, fmt.Errorf("records did not come within %v", fetchTime)
 		}
 		n, err := c.dial(ctx, see.rec, id)
 		if err != nil {
 			return answer{}, err
 		}
 		*s = n
-		return n.ask(q)
+		return n.ask(q, end)
 	}
 	list, _, err := c.wanted(id, see)
 	if err != nil {

@@ -50,7 +50,7 @@ func TestStrangerWithoutTheNetworksKey(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer str.close()
-		if got, err := str.ask(request{VNI: 5000}); err == nil {
+		if got, err := str.ask(request{VNI: 5000}, time.Now().Add(soon)); err == nil {
 			t.Errorf("%s is told %+v", h.addr, got)
 		}
 	}

@@ -33,7 +33,7 @@ func TestAnswersAreLimited(t *testing.T) {
 		"frames of unknown fields":  {map[string]any{"junk": junk, "networks": []versioned{{SharedNetwork: store.SharedNetwork{VNI: 1}}}, "more": true}, "over the limit"},
 		"empty values":              {map[string]any{"endpoints": make([]struct{}, maxFrame/3-100)}, "too many values"},
 	} {
-		err := askOf(t, func(conn net.Conn) error {
+		err := askOf(t, soon, func(conn net.Conn) error {
 			for range 40 {
 				if err := writeFrame(conn, c.part); err != nil {
 					return nil // the other side has enough
@@ -47,8 +47,24 @@ func TestAnswersAreLimited(t *testing.T) {
 	}
 }
 
-// askOf asks an owner that answers by fn.
-func askOf(t *testing.T, fn func(net.Conn) error) error {
+// TestFetchEnds: an owner that sends a little now and then holds nobody for longer than a
+// fetch may take.
+func TestFetchEnds(t *testing.T) {
+	begin := time.Now()
+	err := askOf(t, time.Second, func(conn net.Conn) error {
+		part := answer{Networks: []versioned{{SharedNetwork: store.SharedNetwork{VNI: 1}}}, More: true}
+		for writeFrame(conn, part) == nil {
+			time.Sleep(50 * time.Millisecond)
+		}
+		return nil
+	})
+	if took := time.Since(begin); err == nil || took > ioTime/2 {
+		t.Errorf("after %v: %v", took, err)
+	}
+}
+
+// askOf asks an owner that answers by fn, and waits so long.
+func askOf(t *testing.T, d time.Duration, fn func(net.Conn) error) error {
 	t.Helper()
 	client, server := net.Pipe()
 	c, o := unrunCluster(t), unrunCluster(t)
@@ -64,7 +80,7 @@ func askOf(t *testing.T, fn func(net.Conn) error) error {
 	}()
 	st := &stream{conn: tls.Client(client, tlsConfig(c.cert, func(store.HostID) error { return nil })), stop: func() bool { return true }}
 	_ = st.conn.SetDeadline(time.Now().Add(soon))
-	_, err := st.ask(request{})
+	_, err := st.ask(request{}, time.Now().Add(d))
 	_, _ = client.Close(), server.Close()
 	if e := <-done; e != nil {
 		return fmt.Errorf("the owner failed: %w", e)

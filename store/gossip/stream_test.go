@@ -56,7 +56,7 @@ func TestStreamRefuses(t *testing.T) {
 			return err
 		}
 		defer st.close()
-		_, err = st.ask(request{VNI: 5000})
+		_, err = st.ask(request{VNI: 5000}, time.Now().Add(soon))
 		return err
 	}
 	stranger := asStranger(t, key)
