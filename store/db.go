@@ -60,6 +60,8 @@ type DB struct {
 
 	memo  memo
 	peers peerCache
+
+	began map[VNI]uint64 // versions when the file was opened; not changed
 }
 
 // Open opens or makes the database file at path for the host self. A file that
@@ -81,9 +83,24 @@ func Open(path string, self Host) (*DB, error) {
 		return nil, fmt.Errorf("database %s: %w", path, err)
 	}
 	self.Epoch = epoch
-	return &DB{bolt: bolt, self: self, SetAside: setAside,
+	began := map[VNI]uint64{}
+	if err := bolt.View(func(tx *bbolt.Tx) error {
+		return tx.Bucket(bucketSeq).ForEach(func(k, _ []byte) error {
+			if len(k) == 4 {
+				began[VNI(binary.BigEndian.Uint32(k))] = getUint(tx, bucketSeq, k)
+			}
+			return nil
+		})
+	}); err != nil {
+		return nil, errors.Join(fmt.Errorf("database %s: %w", path, err), bolt.Close())
+	}
+	return &DB{began: began, bolt: bolt, self: self, SetAside: setAside,
 		peers: peerCache{owners: map[HostID]*peerRecords{}, changed: map[HostID]int{}}}, nil
 }
+
+// Began returns Tx.Version as it was when the database was opened. A peer that holds a
+// higher one of an earlier process had it from a newer copy of the file than this one.
+func (db *DB) Began(v VNI) uint64 { return db.began[v] }
 
 // damageError marks content that cannot be what we wrote.
 type damageError struct{ err error }

@@ -170,6 +170,7 @@ type Delta struct {
 	VNI       VNI              `json:"vni"`
 	Epoch     uint64           `json:"epoch"`
 	Seq       uint64           `json:"seq"`
+	Boot      uint64           `json:"boot,omitempty"` // of the owner's process; 0: a version that does not tell
 	Full      bool             `json:"full,omitempty"`
 	Endpoints []SharedEndpoint `json:"endpoints,omitempty"`
 }

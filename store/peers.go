@@ -16,6 +16,7 @@ type PeerNetwork struct {
 	SharedNetwork
 	Epoch uint64 `json:"epoch,omitempty"`
 	Seq   uint64 `json:"seq,omitempty"`
+	Boot  uint64 `json:"boot,omitempty"` // Delta.Boot of the last one
 }
 
 // Peer returns a peer, or ErrNotFound.
@@ -190,7 +191,7 @@ func (tx *Tx) MergeEndpoints(owner HostID, since uint64, d Delta) (fits bool, er
 		}
 	}
 	tx.touchOwner(owner, d.VNI)
-	pn.Epoch, pn.Seq = d.Epoch, d.Seq
+	pn.Epoch, pn.Seq, pn.Boot = d.Epoch, d.Seq, d.Boot
 	return true, put(tx, bucketPeerNets, peerNetKey(owner, d.VNI), pn)
 }
 

@@ -44,3 +44,37 @@ func TestEmptyDatabaseIsBelieved(t *testing.T) {
 	holds(0, 0)
 	b.waitPeer(a, soon, "in sync", inSync)
 }
+
+// TestOvertakenCopyIsNoticed: a host goes on from an older copy of its database while a
+// peer is down, and passes the version that the peer holds.
+func TestOvertakenCopyIsNoticed(t *testing.T) {
+	t.Parallel()
+	s := newSegment()
+	a := newHost(t, s.addr(1)).start()
+	b := newHost(t, s.addr(2), s.addr(1)).start()
+	for _, h := range []*host{a, b} {
+		h.addNetwork(5000, "10.50.0.0/16")
+	}
+	a.addEndpoint(5000, "kept", "10.50.0.1")
+	b.waitSees(5000, soon, "kept")
+	path := filepath.Join(a.dir, "weft.db")
+	a.halt()
+	copied, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	a.addEndpoint(5000, "lost", "10.50.0.2")
+	b.waitSees(5000, soon, "kept", "lost")
+	b.halt()
+	a.halt()
+	if err := os.WriteFile(path, copied, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	for i := range 3 {
+		a.addEndpoint(5000, fmt.Sprint("new", i), fmt.Sprintf("10.50.0.%d", i+10))
+	}
+	b.start()
+	b.waitSees(5000, soon, "kept", "new0", "new1", "new2")
+}

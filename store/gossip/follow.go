@@ -462,7 +462,7 @@ func (c *Cluster) compare(tx *store.Tx, own []store.Network, id store.HostID, se
 			return false, nil, err
 		}
 		if n.Epoch != see.claims.epoch || n.Seq != see.claims.seq[o.VNI] {
-			q := request{VNI: o.VNI, Epoch: n.Epoch, Since: n.Seq, Proof: o.Proof(c.id)}
+			q := request{VNI: o.VNI, Epoch: n.Epoch, Since: n.Seq, Boot: n.Boot, Proof: o.Proof(c.id)}
 			if n.Epoch != see.claims.epoch {
 				q.Since = 0
 			}

@@ -41,6 +41,7 @@ type request struct {
 	VNI   store.VNI `json:"vni"`
 	Epoch uint64    `json:"epoch,omitempty"`
 	Since uint64    `json:"since,omitempty"`
+	Boot  uint64    `json:"boot,omitempty"`  // of the owner's process that told Since
 	Proof []byte    `json:"proof,omitempty"` // store.Network.Proof of the client
 }
 

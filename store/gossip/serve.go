@@ -278,10 +278,13 @@ func (c *Cluster) read(q request, id store.HostID) (answer, error) {
 				return nil
 			}
 			since := q.Since
-			if q.Epoch != epoch {
+			// A version of another database, or of a newer copy of this one, which has
+			// gone on from an older: what the peer holds may never have been here.
+			if q.Epoch != epoch || q.Boot != 0 && q.Boot != c.boot && q.Since > c.db.Began(q.VNI) {
 				since = 0
 			}
 			d, err := tx.Delta(q.VNI, since)
+			d.Boot = c.boot
 			a.Delta = d
 			return err
 		}
