@@ -9,7 +9,7 @@ import (
 )
 
 // TestForeignAddresses: a peer draws nothing to itself but addresses of the network, and
-// not its gateway.
+// not its gateway: by endpoints and by services.
 func TestForeignAddresses(t *testing.T) {
 	for _, name := range []string{"routed", "encrypted", "program", "dualstack"} {
 		_, s := readScene(t, "testdata/"+name+".txtar")
@@ -24,6 +24,7 @@ func TestForeignAddresses(t *testing.T) {
 				e.IPv4, e.IPv6 = netip.Addr{}, e.IPv4
 			}
 			s.Snapshot.Remote = append(s.Snapshot.Remote, e)
+			s.Snapshot.Services = append(s.Snapshot.Services, store.Service{VNI: s.Snapshot.VNI, VIP: netip.MustParseAddr(a)})
 			for line := range strings.Lines(s.plan(t)) {
 				if !strings.Contains(want, line) && strings.Contains(line, a) {
 					t.Errorf("%s: a peer tells %s, and the plan has %s", name, a, line)

@@ -114,6 +114,7 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	}
 	n := *s.Network
 	s.Remote = given(s.Remote, n)
+	s.Services = slices.DeleteFunc(slices.Clone(s.Services), func(o store.Service) bool { return !n.Gives(o.VIP) })
 	if n.Routed() {
 		planRouted(p, s, u)
 		return p, nil
