@@ -268,6 +268,12 @@ func isolation(t *testing.T, lab *hosts.Lab) {
 	tried := 0
 	for _, h := range []*hosts.Host{a, b} {
 		spy := run(t, h, "spy", "--network", "app")
+		if h == a { // by its way out, in its host's name
+			if got := [2]bool{injects(t, netnsOf(t, spy), remote, "10.44.2.10", 5044), injects(t, a.NetNS(), remote, "10.44.2.10", 5044)}; got != [2]bool{false, true} {
+				t.Errorf("VXLAN of a container and of its host is accepted by a peer: %v, want false, true", got)
+			}
+			tried++
+		}
 		others := []string{"10.44.1.10", "10.44.2.10", "fd00:44::10", "fd00:44::20"}
 		macs := []string{bridgeMAC(t, a, "app"), bridgeMAC(t, b, "app"), bridgeMAC(t, h, "other")}
 		tried += closed(t, spy, "app", lab, macs, others...)

@@ -133,23 +133,31 @@ func (d *drift) injects(t *testing.T, peer bool) bool {
 	if peer {
 		from = d.lab.Hosts[1].NetNS()
 	}
+	return injects(t, from, d.one, "10.32.1.10", d.net.VNI)
+}
+
+// injects sends a VXLAN packet for a container, with an address on the network, from a
+// network namespace to the container's host, and reports whether the container gets it.
+func injects(t *testing.T, from string, to hosts.Container, address string, vni int) bool {
+	t.Helper()
 	const port = 7100
 	var ear net.PacketConn
-	err := inside(t, d.one, func() (err error) {
-		ear, err = net.ListenPacket("udp4", fmt.Sprintf("10.32.1.10:%d", port))
+	err := inside(t, to, func() (err error) {
+		ear, err = net.ListenPacket("udp4", fmt.Sprintf("%s:%d", address, port))
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = ear.Close() }()
-	mac, err := net.ParseMAC(command(t, d.one, "cat", "/sys/class/net/"+interfaceOf(t, d.one, "10.32.1.10")+"/address"))
+	mac, err := net.ParseMAC(command(t, to, "cat", "/sys/class/net/"+interfaceOf(t, to, address)+"/address"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	packet := vxlanPacket(d.net.VNI, mac, netip.MustParseAddr("10.32.2.10"), netip.MustParseAddr("10.32.1.10"), port)
+	ip := netip.MustParseAddr(address)
+	packet := vxlanPacket(vni, mac, ip.Next(), ip, port)
 	err = hosts.InNetNS(from, func() error {
-		conn, err := net.Dial("udp4", d.h.Address.String()+":4797")
+		conn, err := net.Dial("udp4", to.Host.Address.String()+":4797")
 		if err != nil {
 			return err
 		}
