@@ -257,6 +257,36 @@ func TestSyncFailsOnlyForItsOwn(t *testing.T) {
 	}
 }
 
+// TestSyncFailsForItsOwnBehindTheHosts: what the host's rules can do without does not hide
+// that the endpoint's link could not be made.
+func TestSyncFailsForItsOwnBehindTheHosts(t *testing.T) {
+	h := newHost(t)
+	u := underlay
+	u.Program = true
+	h.kernel.SetUnderlay(u)
+	bad := errors.New("planted failure")
+	h.kernel.Before = func(_ int, op dataplane.Op) error {
+		switch op.Object.(type) {
+		case dataplane.Program, dataplane.Veth:
+			return bad
+		}
+		return nil
+	}
+	e := endpoint(1, 2)
+	h.update(func(tx *store.Tx) error {
+		if err := tx.PutNetwork(network(1)); err != nil {
+			return err
+		}
+		_, err := tx.PutEndpoint(e)
+		return err
+	})
+	for range 2 { // the second finds the host's pass due again
+		if err := h.loop.Sync(t.Context(), 1, e.ID); !errors.Is(err, bad) {
+			t.Errorf("got %v, want the failure of the link", err)
+		}
+	}
+}
+
 // TestLostLinkIsSaid: the link of a joined endpoint cannot be made again, so a
 // call for it fails and the audit hears of it.
 func TestLostLinkIsSaid(t *testing.T) {

@@ -1,6 +1,7 @@
 package dataplane
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,15 +19,15 @@ import (
 const guardPeers = 10
 
 // pass makes the kernel match the records of one network. The host's rules come
-// first, since they guard its links, but go last. The error is for what kept the
-// pass from running at all.
+// first, since they guard its links, but go last. It returns what failed in either; the
+// error is for what kept a pass from running at all.
 func (l *Loop) pass(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	host := l.network(store.HostVNI)
 	if v != store.HostVNI && (!host.due.IsZero() || host.lookedAt.IsZero()) {
 		if s, err := l.db.HostSnapshot(); err == nil && len(s.Networks) > 0 {
 			if errs, err := l.passOne(ctx, store.HostVNI); err != nil || len(errs) > 0 {
-				_, _ = l.passOne(ctx, v)
-				return errs, err
+				more, err2 := l.passOne(ctx, v)
+				return append(errs, more...), cmp.Or(err, err2)
 			}
 		}
 	}
