@@ -26,7 +26,7 @@ type Kind int
 
 // The kinds, and how a fresh process knows that one is ours.
 const (
-	KindSet       Kind = iota // ipset; name begins with "weft-"
+	KindSet       Kind = iota // ipset; name is one of SetNames
 	KindChain                 // iptables chain with its rules; name begins with "WEFT-"
 	KindJump                  // rule in a shared chain that jumps to a chain of ours
 	KindRule                  // routing rule; priority and table

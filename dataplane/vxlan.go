@@ -22,6 +22,9 @@ const (
 	chainClamp   = "WEFT-MSS"
 )
 
+// SetNames are the sets of the peers' addresses, by family.
+var SetNames = [2]string{setPeers4, setPeers6}
+
 // minMTU is the smallest MTU that IPv4 allows (RFC 791).
 const minMTU = 68
 

@@ -43,13 +43,15 @@ func TestStrangersStay(t *testing.T) {
 				ipset create blocked hash:ip
 				ipset add blocked 203.0.113.66
 				ipset create weft hash:net
+				ipset create weft-admins hash:ip
+				ipset add weft-admins 203.0.113.67
 				`+strings.ReplaceAll(`
 				iptables-B -N DOCKER-USER
 				iptables-B -N DOCKER-FORWARD
 				iptables-B -A FORWARD -j DOCKER-USER
 				iptables-B -A FORWARD -j DOCKER-FORWARD
 				iptables-B -A FORWARD -i eth7 -m comment --comment WEFT-FORWARD -j ACCEPT
-				iptables-B -A INPUT -p tcp --dport 22 -j ACCEPT
+				iptables-B -A INPUT -p tcp --dport 22 -m set --match-set weft-admins src -j ACCEPT
 				iptables-B -t nat -A POSTROUTING -s 172.17.0.0/16 -j MASQUERADE
 				iptables-B -t raw -A PREROUTING -s 10.0.0.0/8 -j CT --notrack
 				ip6tables-B -A INPUT -p tcp --dport 22 -j ACCEPT`, "-B", "-"+backend))

@@ -19,8 +19,7 @@ import (
 )
 
 const (
-	setPrefix = "weft-"
-	setType   = "hash:ip"
+	setType = "hash:ip"
 
 	// setBusy is how long Delete waits for the kernel to let go of a set
 	// after the last rule that names it is gone: with nftables that happens
@@ -28,13 +27,10 @@ const (
 	setBusy = 2 * time.Second
 )
 
-// readSets adds our sets to p.
+// readSets adds our sets to p. Others may have a name like ours: an operator's own
+// "weft-admins", which a rule of his uses.
 func (k *Kernel) readSets(p dataplane.Plan) error {
-	names, err := k.setNames()
-	if err != nil {
-		return fmt.Errorf("list sets: %w", err)
-	}
-	for _, name := range names {
+	for _, name := range dataplane.SetNames {
 		r, err := k.handle.IpsetList(name)
 		if errors.Is(err, unix.ENOENT) {
 			continue
@@ -53,29 +49,6 @@ func (k *Kernel) readSets(p dataplane.Plan) error {
 		p.Add(o)
 	}
 	return nil
-}
-
-// setNames returns the names of our sets without reading anybody's members, of
-// which a host's own firewall may have many.
-func (k *Kernel) setNames() ([]string, error) {
-	const listSetName = 1 << 1 // IPSET_FLAG_LIST_SETNAME
-	req := nl.NewNetlinkRequest(nl.IPSET_CMD_LIST|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(nl.IPSET_CMD_LIST))
-	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_NETLINK, Version: nl.NFNETLINK_V0})
-	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, nl.Uint8Attr(nl.IPSET_PROTOCOL)))
-	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_FLAGS|unix.NLA_F_NET_BYTEORDER, nl.BEUint32Attr(listSetName)))
-	msgs, err := k.filter.dump(req)
-	if err != nil {
-		return nil, err
-	}
-	var out []string
-	for _, m := range msgs {
-		for t, v := range attrs(m[min(nl.SizeofNfgenmsg, len(m)):]) {
-			if name := text(v); t == nl.IPSET_ATTR_SETNAME && strings.HasPrefix(name, setPrefix) {
-				out = append(out, name)
-			}
-		}
-	}
-	return out, nil
 }
 
 // setMembers returns the members as Set has them: sorted as text.
