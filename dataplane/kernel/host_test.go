@@ -227,6 +227,35 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// The kernel takes IPv4 routes from a link that loses its last address, and tells nobody.
+func TestWatchTellsOfRoutesThatGoUntold(t *testing.T) {
+	for _, c := range []struct{ example, before, line string }{
+		{"routed", "", "ip addr del 192.0.2.1/24 dev under0"},
+		{"routed", "ip link add br7 type bridge", "ip link set under0 master br7"},
+		{"encrypted", "ip addr add 10.9.9.9/32 dev weftw0", "ip addr del 10.9.9.9/32 dev weftw0"},
+	} {
+		t.Run(c.line, func(t *testing.T) {
+			all := kerneltest.Examples()
+			e := all[slices.IndexFunc(all, func(e kerneltest.Example) bool { return e.Name == c.example })]
+			k := newKernel(t, kernel.Config{})
+			if _, err := k.Underlay(t.Context(), kerneltest.Underlay4); err != nil {
+				t.Fatal(err)
+			}
+			passHost(t, k, e.HostPlan())
+			pass(t, k, e)
+			events := k.Watch(t.Context())
+			kerneltest.Script(t, c.before)
+			quiet(t, events)
+			kerneltest.Script(t, c.line)
+			for v, ok := next(events, 5*time.Second); v != e.Snapshot.VNI; v, ok = next(events, 5*time.Second) {
+				if !ok {
+					t.Fatal("the network is not told")
+				}
+			}
+		})
+	}
+}
+
 func next(events <-chan store.VNI, wait time.Duration) (store.VNI, bool) {
 	select {
 	case v := <-events:

@@ -198,10 +198,17 @@ func (w *watch) routeEvent(m message) []store.VNI {
 			return w.of(e.index, e.master)
 		}
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		if len(m.data) < unix.SizeofIfAddrmsg || m.data[3] >= unix.RT_SCOPE_LINK {
+		if len(m.data) < unix.SizeofIfAddrmsg {
 			return nil
 		}
-		if own := w.of(int32(binary.NativeEndian.Uint32(m.data[4:]))); len(own) > 0 {
+		index := int32(binary.NativeEndian.Uint32(m.data[4:]))
+		if m.typ == unix.RTM_DELADDR && m.data[0] == unix.AF_INET && w.ofHost(index) {
+			return append(w.routed(), store.HostVNI)
+		}
+		if m.data[3] >= unix.RT_SCOPE_LINK {
+			return nil
+		}
+		if own := w.of(index); len(own) > 0 {
 			return own
 		}
 		return []store.VNI{store.HostVNI}
@@ -216,7 +223,7 @@ func (w *watch) routeEvent(m message) []store.VNI {
 	case unix.RTM_NEWTFILTER, unix.RTM_DELTFILTER, unix.RTM_NEWQDISC, unix.RTM_DELQDISC:
 		if len(m.data) >= nl.SizeofTcMsg {
 			index := int32(binary.NativeEndian.Uint32(m.data[4:]))
-			if l := w.links[index]; index == w.k.underlay.Load() || l.link.isTunnel() {
+			if w.ofHost(index) {
 				return []store.VNI{store.HostVNI}
 			}
 			return w.of(index)
@@ -271,16 +278,23 @@ func (w *watch) linkEvent(m message) []store.VNI {
 	}
 	if before.link.isTunnel() || l.isTunnel() || l.index == w.k.underlay.Load() {
 		out = append(out, store.HostVNI)
-		if before.link.up && !now.link.up {
+		if before.link.up && !now.link.up || before.link.master != now.link.master {
 			out = append(out, w.routed()...)
 		}
 	}
 	return out
 }
 
+// ofHost reports whether a link is the underlay's or a WireGuard device.
+func (w *watch) ofHost(index int32) bool {
+	s := w.links[index]
+	return index == w.k.underlay.Load() || s.link.isTunnel()
+}
+
 // routed returns the networks that may have routes through links of the host. With a
-// link that goes down or away the kernel takes its IPv4 routes, and tells nobody of
-// them (fib_sync_down_dev in net/ipv4/fib_semantics.c).
+// link that goes down or away, loses its last IPv4 address or comes under a VRF the
+// kernel takes its IPv4 routes, and tells nobody of them (fib_sync_down_dev in
+// net/ipv4/fib_semantics.c, fib_disable_ip in net/ipv4/fib_frontend.c).
 func (w *watch) routed() []store.VNI {
 	var out []store.VNI
 	for _, s := range w.links {
