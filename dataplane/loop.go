@@ -335,7 +335,7 @@ func (l *Loop) serve(ctx context.Context, r request) {
 	failed := map[store.VNI]error{}
 	for _, r := range batch {
 		if r.explain {
-			want, have, err := l.compare(ctx, r.vni, true)
+			want, have, _, err := l.compare(ctx, r.vni, true)
 			r.reply <- reply{err: err, want: want, have: have, ops: Diff(want, have)}
 			continue
 		}

@@ -126,18 +126,23 @@ func endpoint(v store.VNI, i int) store.Endpoint {
 // peers writes n peers that run a network, each with one endpoint.
 func (h *host) peers(v store.VNI, n int) {
 	h.t.Helper()
+	h.peersOf(network(v), n)
+}
+
+func (h *host) peersOf(net store.Network, n int) {
+	h.t.Helper()
 	h.update(func(tx *store.Tx) error {
 		for i := range n {
 			id := store.HostID(fmt.Sprintf("peer%03d", i))
-			p := store.Peer{Host: store.Host{ID: id, Name: string(id), Address: netip.AddrFrom4([4]byte{192, 0, 2, byte(10 + i)}), Epoch: 1}}
+			p := store.Peer{Host: store.Host{ID: id, Name: string(id), Address: netip.AddrFrom4([4]byte{192, 0, 2, byte(10 + i)}), Epoch: 1, Tunnel: kerneltest.TunnelOf(id, 1)}}
 			if err := tx.PutPeer(p); err != nil {
 				return err
 			}
-			if err := tx.MergeNetworks(id, 1, 1, []store.SharedNetwork{network(v).Shared()}); err != nil {
+			if err := tx.MergeNetworks(id, 1, 1, []store.SharedNetwork{net.Shared()}); err != nil {
 				return err
 			}
-			e := endpoint(v, 100+i).Shared()
-			if _, err := tx.MergeEndpoints(id, 0, store.Delta{VNI: v, Epoch: 1, Seq: 1, Full: true, Endpoints: []store.SharedEndpoint{e}}); err != nil {
+			e := endpoint(net.VNI, 100+i).Shared()
+			if _, err := tx.MergeEndpoints(id, 0, store.Delta{VNI: net.VNI, Epoch: 1, Seq: 1, Full: true, Endpoints: []store.SharedEndpoint{e}}); err != nil {
 				return err
 			}
 		}
@@ -372,104 +377,4 @@ func TestDriftIsRepairedAndCounted(t *testing.T) {
 		t.Errorf("%d objects broken, %d counted as repaired: %v", broken, total, h.loop.Stats().Repaired)
 	}
 	t.Logf("drift: %d objects removed one by one, all back", broken)
-}
-
-// TestSilentPeersAreNotRemovedAtOnce: when most peers fall silent together it is
-// more likely ours that is cut off; their entries stay until they are forgotten.
-func TestSilentPeersAreNotRemovedAtOnce(t *testing.T) {
-	h := newHost(t)
-	h.peers(1, 30)
-	h.update(func(tx *store.Tx) error { return tx.PutNetwork(network(1)) })
-	h.settled()
-	hide := func(n int) {
-		h.update(func(tx *store.Tx) error {
-			all, err := tx.Peers()
-			if err != nil {
-				return err
-			}
-			for _, p := range all[:n] {
-				p.Hidden, p.DeadSince = true, time.Unix(1, 0)
-				if err := tx.PutPeer(p); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-	}
-	status := func() dataplane.NetworkStatus {
-		for _, s := range h.loop.Status() {
-			if s.VNI == 1 {
-				return s
-			}
-		}
-		return dataplane.NetworkStatus{}
-	}
-	hide(20)
-	h.within(5*time.Second, "the deletion is held", func() error {
-		if status().Held == "" {
-			return errors.New("not held")
-		}
-		return nil
-	})
-	_, have, _, err := h.loop.Explain(t.Context(), 1)
-	if err != nil || countVTEPs(have) != 30 {
-		t.Errorf("%d of 30 VTEPs are left, %v", countVTEPs(have), err)
-	}
-	// Forgetting is the second source.
-	h.update(func(tx *store.Tx) error {
-		for i := range 20 {
-			if err := tx.ForgetPeer(store.HostID(fmt.Sprintf("peer%03d", i))); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	h.settled()
-	if s := status(); s.Held != "" {
-		t.Errorf("still held: %s", s.Held)
-	}
-}
-
-func countVTEPs(p dataplane.Plan) (n int) {
-	for _, o := range p {
-		if f, ok := o.(dataplane.FDB); ok && f.MAC.IsZero() {
-			n++
-		}
-	}
-	return n
-}
-
-// TestNothingOfPeersGoesBeforeSync: a host that lost its database knows no peers
-// yet; what the kernel holds of them stays until they were heard.
-func TestNothingOfPeersGoesBeforeSync(t *testing.T) {
-	h := newHost(t)
-	h.peers(1, 3)
-	h.update(func(tx *store.Tx) error { return tx.PutNetwork(network(1)) })
-	h.settled()
-	h.stop()
-	h.update(func(tx *store.Tx) error {
-		for i := range 3 {
-			if err := tx.ForgetPeer(store.HostID(fmt.Sprintf("peer%03d", i))); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	synced := make(chan struct{})
-	h.inSync = func() bool {
-		select {
-		case <-synced:
-			return true
-		default:
-			return false
-		}
-	}
-	h.start()
-	<-h.loop.Ready()
-	_, have, _, err := h.loop.Explain(t.Context(), 1)
-	if err != nil || countVTEPs(have) != 3 {
-		t.Errorf("%d of 3 VTEPs are left before the hosts were heard, %v", countVTEPs(have), err)
-	}
-	close(synced)
-	h.settled()
 }

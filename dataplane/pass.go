@@ -6,17 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/weftnet/weft/store"
 )
-
-// A pass that would take away more than guardPeers VTEPs and more than half of a
-// network's, of peers that have not said themselves that they left it, stops.
-const guardPeers = 10
 
 // pass makes the kernel match the records of one network. The host's rules come
 // first, since they guard its links, but go last. It returns what failed in either; the
@@ -50,7 +44,7 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	n := l.network(v)
 	changed, fresh := n.changed, n.have == nil
 	n.due, n.changed = time.Time{}, false
-	want, have, err := l.compare(ctx, v, fresh)
+	want, have, held, err := l.compare(ctx, v, fresh)
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		n.have, n.changed = nil, true // for finish
 		return nil, err               // the process ends: nothing is wrong with the kernel
@@ -59,7 +53,8 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 		l.done(v, 0, nil, "", err)
 		return nil, err
 	}
-	ops, held := l.withhold(v, Diff(want, have))
+	ops, unheard := l.withhold(v, Diff(want, have))
+	held = cmp.Or(unheard, held)
 	errs := l.kernel.Apply(ctx, ops)
 	if len(errs) > 0 && errors.Is(ctx.Err(), context.Canceled) {
 		n.have, n.changed = nil, true
@@ -121,43 +116,40 @@ func (l *Loop) passEndpoint(ctx context.Context, v store.VNI, e store.EndpointID
 	return !l.lost(v, e)
 }
 
-// compare returns what the kernel should hold and what it holds for a network.
-func (l *Loop) compare(ctx context.Context, v store.VNI, fresh bool) (want, have Plan, err error) {
+// compare returns what the kernel should hold and what it holds for a network, and why
+// peers that say nothing still have their entries, if they do.
+func (l *Loop) compare(ctx context.Context, v store.VNI, fresh bool) (want, have Plan, held string, err error) {
 	n := l.network(v)
-	if v == store.HostVNI {
-		if fresh || l.address() != l.asked {
-			if err := l.findUnderlay(ctx); err != nil {
-				return nil, nil, err
-			}
-		}
-		s, err := l.db.HostSnapshot()
-		if err != nil {
-			return nil, nil, err
-		}
-		want = PlanHost(s, l.Underlay())
-	} else {
-		if l.network(store.HostVNI).lookedAt.IsZero() {
-			if err := l.findUnderlay(ctx); err != nil {
-				return nil, nil, err
-			}
-		}
-		s, err := l.db.Snapshot(v)
-		if err != nil {
-			return nil, nil, err
-		}
-		if want, err = PlanNetwork(s, l.Underlay()); err != nil {
-			return nil, nil, err
+	if v == store.HostVNI && (fresh || l.address() != l.asked) || v != store.HostVNI && l.network(store.HostVNI).lookedAt.IsZero() {
+		if err := l.findUnderlay(ctx); err != nil {
+			return nil, nil, "", err
 		}
 	}
+	if v == store.HostVNI {
+		s, err := l.db.HostSnapshot()
+		if err != nil {
+			return nil, nil, "", err
+		}
+		want, held = PlanHost(s, l.Underlay()), silence(s.Peers)
+	} else {
+		s, err := l.db.Snapshot(v)
+		if err != nil {
+			return nil, nil, "", err
+		}
+		if want, err = PlanNetwork(s, l.Underlay()); err != nil {
+			return nil, nil, "", err
+		}
+		held = silence(s.Peers)
+	}
 	if !fresh && n.have != nil {
-		return want, n.have, nil
+		return want, n.have, held, nil
 	}
 	n.lookedAt = time.Now()
 	have, err = l.kernel.Read(ctx, v)
 	if err != nil {
-		return nil, nil, fmt.Errorf("read the kernel: %w", err)
+		return nil, nil, "", fmt.Errorf("read the kernel: %w", err)
 	}
-	return want, have, nil
+	return want, have, held, nil
 }
 
 // apply changes a plan as the kernel was changed.
@@ -197,56 +189,6 @@ func (l *Loop) findUnderlay(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// withhold takes out the deletions that must wait: all of what peers own until
-// the cluster is in sync, and those of many peers at once that are merely silent.
-func (l *Loop) withhold(v store.VNI, ops []Op) (_ []Op, held string) {
-	if v == store.HostVNI || !slices.ContainsFunc(ops, foreignDelete) {
-		return ops, ""
-	}
-	s, err := l.db.Snapshot(v)
-	if err != nil || s.Network == nil {
-		return ops, ""
-	}
-	switch silent := countSilent(ops, s); {
-	case !l.inSync():
-		held = "the hosts have not been heard yet; entries of unknown peers stay until then"
-	case silent > guardPeers && silent > len(s.Peers):
-		held = fmt.Sprintf("%d of %d peers are silent at once; their entries stay until they are back or forgotten", silent, silent+len(s.Peers))
-	default:
-		return ops, ""
-	}
-	return slices.DeleteFunc(ops, foreignDelete), held
-}
-
-func foreignDelete(op Op) bool {
-	if op.Verb != Delete {
-		return false
-	}
-	switch o := op.Object.(type) {
-	case FDB:
-		return o.Dst.IsValid() || o.Master && len(o.Link) > len(vxlanPrefix) && o.Link[:len(vxlanPrefix)] == vxlanPrefix
-	case Dest:
-		return o.Peer.IsValid()
-	case Neigh:
-		return !strings.HasPrefix(o.Link, vethPrefix)
-	case Route:
-		return o.Via.IsValid() || strings.HasPrefix(o.Link, tunnelPrefix)
-	}
-	return false
-}
-
-// countSilent counts the VTEPs that would go although their owner did not say so.
-func countSilent(ops []Op, s store.Snapshot) int {
-	silent := map[netip.Addr]bool{}
-	for _, op := range ops {
-		if f, ok := op.Object.(FDB); ok && op.Verb == Delete && f.Dst.IsValid() &&
-			slices.ContainsFunc(s.Hidden, func(p store.Peer) bool { return p.Address == f.Dst }) {
-			silent[f.Dst] = true
-		}
-	}
-	return len(silent)
 }
 
 // repaired says once that something else had changed the kernel.

@@ -169,8 +169,12 @@ func problems(v view) []problem {
 		add("it is tried again; weft plan shows the difference", "%s not match the records since %s: %s", what, clock(p.Since), firstLines(p.Err, 3))
 	}
 	for _, p := range v.passes {
+		where := "the host's rules"
+		if p.VNI != store.HostVNI {
+			where = fmt.Sprintf("network %d", p.VNI)
+		}
 		if p.Held != "" {
-			add("", "network %d: deletions wait: %s", p.VNI, p.Held)
+			add("", "%s: deletions wait: %s", where, p.Held)
 		}
 	}
 	for _, n := range v.networks {

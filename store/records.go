@@ -149,7 +149,7 @@ type Peer struct {
 	Host
 	// DeadSince is when membership lost the host; zero while it is alive.
 	DeadSince time.Time `json:"deadSince,omitzero"`
-	// Hidden: dead for so long that its records no longer reach the kernel.
+	// Hidden: dead for so long that its records no longer reach the kernel (but see Deaf).
 	Hidden bool `json:"hidden,omitempty"`
 	// Away: the peer is not on this host's link, though its address is one of that subnet.
 	// Networks behind two NATs often have the same private addresses.

@@ -12,9 +12,8 @@ type Snapshot struct {
 	Self      Host
 	Network   *Network // nil when this host does not run the network
 	Endpoints []Endpoint
-	Peers     []Peer           // that run the network and are not hidden, sorted by id
+	Peers     []Peer           // that run the network (Tx.Around), sorted by id
 	Remote    []RemoteEndpoint // of those peers, sorted by owner and id
-	Hidden    []Peer           // that run the network as far as we know, but are hidden
 	// Around is Peers, also where those are left out: packets must fit the ways to all.
 	Around []Peer
 	// Services are the virtual addresses of the network, sorted; left out where endpoints
@@ -28,7 +27,7 @@ type Snapshot struct {
 type HostSnapshot struct {
 	Self     Host
 	Networks []Network
-	Peers    []Peer // that run one of the networks and are not hidden
+	Peers    []Peer // that run one of the networks, as each network has them
 	Tunnels  []Peer // of those, that run an encrypted one
 	Routed   []Peer // of those, that run a routed one
 	// Published are this host's endpoints with published ports, sorted by id, but for
@@ -54,17 +53,17 @@ func (db *DB) Snapshot(v VNI) (Snapshot, error) {
 		if s.Services, err = tx.Services(n); err != nil {
 			return err
 		}
-		shared := n.Shared()
-		return tx.ofPeers(func(p Peer, r *peerRecords) {
-			switch o, ok := r.network(v); {
-			case !ok || !n.isRun(shared, o): // not part of our network: status says so
-			case p.Hidden:
-				s.Hidden = append(s.Hidden, p)
-			default:
-				s.Peers = append(s.Peers, p)
-				s.Remote = append(s.Remote, r.remote[v]...)
+		if s.Peers, err = tx.Around(n); err != nil {
+			return err
+		}
+		for _, p := range s.Peers {
+			r, err := tx.recordsOf(p.ID)
+			if err != nil {
+				return err
 			}
-		})
+			s.Remote = append(s.Remote, r.remote[v]...)
+		}
+		return nil
 	})
 	s.Around, s.Served = s.Peers, len(s.Services) > 0
 	return s, err
@@ -99,15 +98,61 @@ func (db *DB) EndpointSnapshot(v VNI, id EndpointID) (Snapshot, error) {
 	return s, err
 }
 
-// Around returns the peers that run the network and are not hidden, sorted by id.
+// Around returns the peers that run the network, sorted by id: without those that are
+// hidden, unless this host is deaf.
 func (tx *Tx) Around(n Network) (out []Peer, err error) {
 	shared := n.Shared()
 	err = tx.ofPeers(func(p Peer, r *peerRecords) {
-		if o, ok := r.network(n.VNI); ok && !p.Hidden && n.isRun(shared, o) {
+		// A network of that VNI may be another: status says so.
+		if o, ok := r.network(n.VNI); ok && n.isRun(shared, o) {
 			out = append(out, p)
 		}
 	})
+	if !Deaf(out) {
+		out = slices.DeleteFunc(out, func(p Peer) bool { return p.Hidden })
+	}
 	return out, err
+}
+
+// guardPeers is how many peers may fall silent at once and be believed to be gone.
+const guardPeers = 10
+
+// Deaf reports whether so many of a network's peers are silent at once that it will be
+// this host that hears nobody: more than guardPeers, and more than half. Those that are
+// not hidden yet count too, or the first that are would go before there are enough.
+func Deaf(peers []Peer) bool {
+	n := silent(peers)
+	return n > guardPeers && n > len(peers)-n
+}
+
+func silent(peers []Peer) (n int) {
+	for _, p := range peers {
+		if p.Hidden || !p.DeadSince.IsZero() {
+			n++
+		}
+	}
+	return n
+}
+
+// kept returns the hidden peers that a network keeps.
+func (tx *Tx) kept(networks []Network) (map[HostID]bool, error) {
+	all, err := tx.Peers()
+	if err != nil || silent(all) <= guardPeers { // to prove networks costs a hash each
+		return nil, err
+	}
+	out := map[HostID]bool{}
+	for _, n := range networks {
+		around, err := tx.Around(n)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range around {
+			if p.Hidden {
+				out[p.ID] = true
+			}
+		}
+	}
+	return out, nil
 }
 
 // HostSnapshot returns the copy for the host.
@@ -124,8 +169,12 @@ func (db *DB) HostSnapshot() (HostSnapshot, error) {
 			}
 			s.Published = slices.DeleteFunc(all, func(e Endpoint) bool { return e.Left || len(e.Ports) == 0 })
 		}
+		kept, err := tx.kept(s.Networks)
+		if err != nil {
+			return err
+		}
 		return tx.ofPeers(func(p Peer, r *peerRecords) {
-			if !p.Hidden {
+			if !p.Hidden || kept[p.ID] {
 				s.place(p, r.nets)
 			}
 		})
