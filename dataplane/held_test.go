@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -16,8 +17,11 @@ import (
 
 // ways are networks of each way to the peers, and the underlay where they take it.
 func ways() map[string]func(*host) store.Network {
-	kind := func(mode string, encrypted, near bool) func(*host) store.Network {
+	kind := func(mode string, encrypted, near, nat bool) func(*host) store.Network {
 		return func(h *host) store.Network {
+			if nat {
+				h.public = netip.MustParseAddr("198.51.100.1")
+			}
 			u := underlay
 			u.Program, u.Ethernet = true, true
 			if near {
@@ -33,10 +37,11 @@ func ways() map[string]func(*host) store.Network {
 		}
 	}
 	return map[string]func(*host) store.Network{
-		"vxlan":                  kind(store.ModeVXLAN, false, false),
-		"routed":                 kind(store.ModeRouted, false, true),
-		"routed through tunnels": kind(store.ModeRouted, false, false),
-		"encrypted":              kind(store.ModeVXLAN, true, false),
+		"vxlan":                  kind(store.ModeVXLAN, false, false, false),
+		"routed":                 kind(store.ModeRouted, false, true, false),
+		"routed through tunnels": kind(store.ModeRouted, false, false, false),
+		"routed behind a NAT":    kind(store.ModeRouted, false, false, true),
+		"encrypted":              kind(store.ModeVXLAN, true, false, false),
 	}
 }
 
@@ -180,37 +185,74 @@ func countVTEPs(p dataplane.Plan) (n int) {
 	return n
 }
 
-// TestNothingOfPeersGoesBeforeSync: a host that lost its database knows no peers
-// yet; what the kernel holds of them stays until they were heard.
+// TestNothingOfPeersGoesBeforeSync: a host that lost its database knows no peers yet; what
+// the kernel holds for them stays until they were heard.
 func TestNothingOfPeersGoesBeforeSync(t *testing.T) {
-	h := newHost(t)
-	h.peers(1, 3)
-	h.update(func(tx *store.Tx) error { return tx.PutNetwork(network(1)) })
-	h.settled()
-	h.stop()
-	h.update(func(tx *store.Tx) error {
-		for i := range 3 {
-			if err := tx.ForgetPeer(store.HostID(fmt.Sprintf("peer%03d", i))); err != nil {
-				return err
+	for name, way := range ways() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t)
+			n := way(h)
+			h.peersOf(n, 3)
+			h.update(func(tx *store.Tx) error { return tx.PutNetwork(n) })
+			here := endpoint(1, 2)
+			for _, here.Sandbox = range []string{"", "/sandbox"} { // Docker has taken it
+				h.update(func(tx *store.Tx) error { _, err := tx.PutEndpoint(here); return err })
+				h.settled()
 			}
-		}
-		return nil
-	})
-	synced := make(chan struct{})
-	h.inSync = func() bool {
-		select {
-		case <-synced:
-			return true
-		default:
-			return false
-		}
+			h.stop()
+			before := h.holds()
+			h.update(func(tx *store.Tx) error {
+				return errors.Join(tx.ForgetPeer("peer000"), tx.ForgetPeer("peer001"), tx.ForgetPeer("peer002"))
+			})
+			var synced atomic.Bool
+			h.inSync = synced.Load
+			h.start()
+			<-h.loop.Ready()
+			h.unchanged("before the hosts were heard", before)
+			if err := h.loop.Sync(t.Context(), 1, here.ID); err != nil {
+				t.Error(err)
+			}
+			h.unchanged("after a call of Docker's", before)
+			h.held("the hosts have not been heard yet; entries of unknown peers stay until then")
+			synced.Store(true)
+			h.settled()
+			for v, have := range h.holds() {
+				if strings.Contains(have.String(), "192.0.2.10") {
+					t.Errorf("vni %d: peers that nobody told of are left: %v", v, have)
+				}
+			}
+		})
 	}
-	h.start()
-	<-h.loop.Ready()
-	_, have, _, err := h.loop.Explain(t.Context(), 1)
-	if err != nil || countVTEPs(have) != 3 {
-		t.Errorf("%d of 3 VTEPs are left before the hosts were heard, %v", countVTEPs(have), err)
+}
+
+// What was removed by somebody's will does not wait.
+func TestRevokedPeersGoBeforeSync(t *testing.T) {
+	for name, way := range ways() {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			var synced atomic.Bool
+			h.inSync = synced.Load
+			h.restart()
+			n := way(h)
+			h.peersOf(n, 3)
+			h.update(func(tx *store.Tx) error { return tx.PutNetwork(n) })
+			h.settled()
+			h.update(func(tx *store.Tx) error { return errors.Join(tx.Revoke("peer000", true), tx.ForgetPeer("peer001")) })
+			h.held("the hosts have not been heard yet; entries of unknown peers stay until then")
+			host := h.holds()[0].String()
+			for i, id := range []store.HostID{"peer000", "peer001", "peer002"} {
+				key := kerneltest.TunnelOf(id, 1).Keys[0].String()
+				there := strings.Contains(host, fmt.Sprintf("192.0.2.%d", 10+i)) || strings.Contains(host, key)
+				if there != (i > 0) {
+					t.Errorf("%s is there: %t", id, there)
+				}
+			}
+			h.update(func(tx *store.Tx) error { return tx.DeleteNetwork(n.ID) })
+			h.settled()
+			if have := h.holds(); len(have[0])+len(have[1]) > 0 {
+				t.Errorf("of a network that was deleted is left: %v", have)
+			}
+		})
 	}
-	close(synced)
-	h.settled()
 }

@@ -28,6 +28,7 @@ type host struct {
 	loop   *dataplane.Loop
 	stop   func()
 	inSync func() bool
+	public netip.Addr // of the peers
 }
 
 func newHost(t testing.TB) *host {
@@ -134,7 +135,7 @@ func (h *host) peersOf(net store.Network, n int) {
 	h.update(func(tx *store.Tx) error {
 		for i := range n {
 			id := store.HostID(fmt.Sprintf("peer%03d", i))
-			p := store.Peer{Host: store.Host{ID: id, Name: string(id), Address: netip.AddrFrom4([4]byte{192, 0, 2, byte(10 + i)}), Epoch: 1, Tunnel: kerneltest.TunnelOf(id, 1)}}
+			p := store.Peer{Host: store.Host{ID: id, Name: string(id), Address: netip.AddrFrom4([4]byte{192, 0, 2, byte(10 + i)}), Public: h.public, Epoch: 1, Tunnel: kerneltest.TunnelOf(id, 1)}}
 			if err := tx.PutPeer(p); err != nil {
 				return err
 			}

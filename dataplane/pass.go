@@ -53,8 +53,8 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 		l.done(v, 0, nil, "", err)
 		return nil, err
 	}
-	ops, unheard := l.withhold(v, Diff(want, have))
-	held = cmp.Or(unheard, held)
+	ops, waits := l.withhold(want, Diff(want, have))
+	held = cmp.Or(waits, held)
 	errs := l.kernel.Apply(ctx, ops)
 	if len(errs) > 0 && errors.Is(ctx.Err(), context.Canceled) {
 		n.have, n.changed = nil, true
@@ -101,7 +101,7 @@ func (l *Loop) passEndpoint(ctx context.Context, v store.VNI, e store.EndpointID
 			have[k] = o
 		}
 	}
-	ops := Diff(want, have)
+	ops, _ := l.withhold(want, Diff(want, have)) // the pass that follows says it
 	ctx, cancel := context.WithTimeout(ctx, passLimit)
 	defer cancel()
 	if errs := l.kernel.Apply(ctx, ops); len(errs) > 0 {
@@ -125,31 +125,29 @@ func (l *Loop) compare(ctx context.Context, v store.VNI, fresh bool) (want, have
 			return nil, nil, "", err
 		}
 	}
+	have = n.have
+	if fresh || have == nil {
+		n.lookedAt = time.Now()
+		if have, err = l.kernel.Read(ctx, v); err != nil {
+			return nil, nil, "", fmt.Errorf("read the kernel: %w", err)
+		}
+	}
 	if v == store.HostVNI {
 		s, err := l.db.HostSnapshot()
 		if err != nil {
 			return nil, nil, "", err
 		}
-		want, held = PlanHost(s, l.Underlay()), silence(s.Peers)
-	} else {
-		s, err := l.db.Snapshot(v)
-		if err != nil {
-			return nil, nil, "", err
-		}
-		if want, err = PlanNetwork(s, l.Underlay()); err != nil {
-			return nil, nil, "", err
-		}
-		held = silence(s.Peers)
+		// Those behind a NAT, for whom it is there, may be still to come.
+		_, s.Tunnel = have[Key{Kind: KindWireGuard, Name: TunnelNames[0]}]
+		s.Tunnel = s.Tunnel && !l.inSync()
+		return PlanHost(s, l.Underlay()), have, silence(s.Peers), nil
 	}
-	if !fresh && n.have != nil {
-		return want, n.have, held, nil
-	}
-	n.lookedAt = time.Now()
-	have, err = l.kernel.Read(ctx, v)
+	s, err := l.db.Snapshot(v)
 	if err != nil {
-		return nil, nil, "", fmt.Errorf("read the kernel: %w", err)
+		return nil, nil, "", err
 	}
-	return want, have, held, nil
+	want, err = PlanNetwork(s, l.Underlay())
+	return want, have, silence(s.Peers), err
 }
 
 // apply changes a plan as the kernel was changed.

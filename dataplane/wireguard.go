@@ -111,7 +111,7 @@ func TunnelPeers(s store.HostSnapshot, u Underlay) []store.Peer {
 // host or a peer of it changes its key.
 func planTunnels(p Plan, s store.HostSnapshot, u Underlay) {
 	self, peers := s.Self.Tunnel, TunnelPeers(s, u)
-	if !encrypted(s.Networks) && len(peers) == 0 || !u.Address.IsValid() || len(self.Keys) == 0 {
+	if !tunnels(s, u) || !u.Address.IsValid() || len(self.Keys) == 0 {
 		return
 	}
 	mtu := tunnelledMTU(u)
@@ -160,7 +160,7 @@ func isEncrypted(n store.Network) bool { return n.Encrypted }
 
 // tunnels reports whether this host needs a tunnel.
 func tunnels(s store.HostSnapshot, u Underlay) bool {
-	return encrypted(s.Networks) || len(TunnelPeers(s, u)) > 0
+	return s.Tunnel || encrypted(s.Networks) || len(TunnelPeers(s, u)) > 0
 }
 
 func tunnelledMTU(u Underlay) int {

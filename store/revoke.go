@@ -47,6 +47,16 @@ func (tx *Tx) Revoked(id HostID) (bool, error) {
 	return outOf(all, id), err
 }
 
+// RevokedPeers returns the known peers that are revoked.
+func (tx *Tx) RevokedPeers() ([]Peer, error) {
+	out, err := tx.Revocations()
+	if err != nil || len(out) == 0 {
+		return nil, err
+	}
+	all, err := tx.Peers()
+	return slices.DeleteFunc(slices.Clone(all), func(p Peer) bool { return !outOf(out, p.ID) }), err
+}
+
 func outOf(all []Revocation, id HostID) bool {
 	return slices.ContainsFunc(all, func(r Revocation) bool { return r.Host == id && r.Out() })
 }

@@ -30,6 +30,8 @@ type HostSnapshot struct {
 	Peers    []Peer // that run one of the networks, as each network has them
 	Tunnels  []Peer // of those, that run an encrypted one
 	Routed   []Peer // of those, that run a routed one
+	// Tunnel: WireGuard stays, whoever is known. The loop says so.
+	Tunnel bool
 	// Published are this host's endpoints with published ports, sorted by id, but for
 	// those that have left.
 	Published []Endpoint
