@@ -3,6 +3,7 @@ package dataplane
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/weftnet/weft/store"
@@ -35,8 +36,17 @@ func (l *Loop) withhold(want Plan, ops []Op) (_ []Op, held string) {
 		return ops, ""
 	}
 	gone := l.outcasts()
+	for _, op := range ops { // nor are tasks kept that this host itself removes
+		if o, ok := op.Object.(Veth); ok && op.Verb == Delete {
+			e, _ := ParseEndpointAlias(o.Alias)
+			gone.addresses[e.IPv4.Addr()] = true
+		}
+	}
 	var out []Op
 	for _, op := range ops {
+		if o, ok := op.Object.(Service); ok && op.Verb == Delete { // as one without tasks
+			op = Op{Verb: Put, Object: Service{VNI: o.VNI, VIP: o.VIP}, Old: o}
+		}
 		switch {
 		case op.Verb == Delete && gone.keep(op.Object):
 			held = unheard
@@ -58,7 +68,7 @@ func (l *Loop) withhold(want Plan, ops []Op) (_ []Op, held string) {
 
 const unheard = "the hosts have not been heard yet; entries of unknown peers stay until then"
 
-// outcasts are revoked peers: theirs goes at once.
+// outcasts are revoked peers, and tasks removed here: theirs goes at once.
 type outcasts struct {
 	addresses map[netip.Addr]bool
 	keys      map[store.WGKey]bool
@@ -111,6 +121,21 @@ func (out outcasts) merge(now, old Object) Object {
 		if old, ok := old.(Program); ok && now.Underlay != "" {
 			now.Peers = joinMembers(out.union(now.Peers, old.Peers))
 		}
+		return now
+	case Service:
+		if old, ok := old.(Service); ok {
+			all := out.union(now.Backends, old.Backends)
+			slices.SortFunc(all, func(a, b string) int { return addressOf(a).Compare(addressOf(b)) })
+			now.Backends = strings.Join(all[:min(len(all), MaxBackends)], ",")
+		}
+		return now
+	case Veth: // it may have asked a virtual address
+		old, ok := old.(Veth)
+		now.Program.Services = now.Program.Services || ok && old.Program.Services && now.Program != (Port{})
+		return now
+	case Dest:
+		old, ok := old.(Dest)
+		now.Services = now.Services || ok && old.Services && now.Link == old.Link
 		return now
 	}
 	return now

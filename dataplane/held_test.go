@@ -57,6 +57,19 @@ func (h *host) holds() (all [2]dataplane.Plan) {
 	return all
 }
 
+// serve makes a peer tell of a service on network 1 whose tasks are this host's endpoint
+// and those of n peers.
+func (h *host) serve(teller store.HostID, n int) {
+	h.t.Helper()
+	all := []netip.Addr{endpoint(1, 2).IPv4.Addr()}
+	for i := range n {
+		all = append(all, endpoint(1, 100+i).IPv4.Addr())
+	}
+	h.update(func(tx *store.Tx) error {
+		return tx.PutServices(teller, false, []store.Service{{VNI: 1, VIP: netip.MustParseAddr("10.1.255.1"), Backends: all}})
+	})
+}
+
 // held waits until the status says why deletions wait on the host and on network 1.
 func (h *host) held(want string) {
 	h.t.Helper()
@@ -107,6 +120,7 @@ func TestSilentPeersAreNotRemovedAtOnce(t *testing.T) {
 			h := newHost(t)
 			n := way(h)
 			h.peersOf(n, 30)
+			h.serve("peer029", 30)
 			h.update(func(tx *store.Tx) error { return tx.PutNetwork(n) })
 			h.settled()
 			before := h.holds()
@@ -190,10 +204,10 @@ func countVTEPs(p dataplane.Plan) (n int) {
 func TestNothingOfPeersGoesBeforeSync(t *testing.T) {
 	for name, way := range ways() {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			h := newHost(t)
 			n := way(h)
 			h.peersOf(n, 3)
+			h.serve("peer000", 3)
 			h.update(func(tx *store.Tx) error { return tx.PutNetwork(n) })
 			here := endpoint(1, 2)
 			for _, here.Sandbox = range []string{"", "/sandbox"} { // Docker has taken it
@@ -202,24 +216,40 @@ func TestNothingOfPeersGoesBeforeSync(t *testing.T) {
 			}
 			h.stop()
 			before := h.holds()
-			h.update(func(tx *store.Tx) error {
-				return errors.Join(tx.ForgetPeer("peer000"), tx.ForgetPeer("peer001"), tx.ForgetPeer("peer002"))
-			})
+			h.update(func(tx *store.Tx) error { return tx.ForgetPeer("peer002") })
 			var synced atomic.Bool
 			h.inSync = synced.Load
 			h.start()
 			<-h.loop.Ready()
-			h.unchanged("before the hosts were heard", before)
+			h.unchanged("one peer is not known yet", before)
+			h.update(func(tx *store.Tx) error { return errors.Join(tx.ForgetPeer("peer000"), tx.ForgetPeer("peer001")) })
+			if err := h.loop.Sync(t.Context(), 1, ""); err != nil {
+				t.Error(err)
+			}
+			h.unchanged("no peer is known yet", before)
 			if err := h.loop.Sync(t.Context(), 1, here.ID); err != nil {
 				t.Error(err)
 			}
 			h.unchanged("after a call of Docker's", before)
 			h.held("the hosts have not been heard yet; entries of unknown peers stay until then")
+			h.update(func(tx *store.Tx) error { return tx.DeleteEndpoint(here.Network, here.ID) })
+			if err := h.loop.Sync(t.Context(), 1, ""); err != nil {
+				t.Error(err)
+			}
+			key := dataplane.Key{Kind: dataplane.KindService, IP: netip.MustParseAddr("10.1.255.1")}
+			if service := h.holds()[1][key].(dataplane.Service); strings.Count(service.Backends, ",") != 2 {
+				t.Errorf("without the task of this host: %v", service)
+			}
 			synced.Store(true)
+			for v := range store.VNI(2) { // else in five seconds
+				if err := h.loop.Sync(t.Context(), v, ""); err != nil {
+					t.Error(err)
+				}
+			}
 			h.settled()
 			for v, have := range h.holds() {
-				if strings.Contains(have.String(), "192.0.2.10") {
-					t.Errorf("vni %d: peers that nobody told of are left: %v", v, have)
+				if text := have.String(); strings.Contains(text, "192.0.2.10") || strings.Contains(text, "services") {
+					t.Errorf("vni %d: peers that nobody told of are left: %v", v, text)
 				}
 			}
 		})

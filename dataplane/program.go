@@ -208,14 +208,16 @@ func planDest(p Plan, o Dest, n store.Network, u Underlay) {
 }
 
 // planServices makes the program answer the virtual addresses of services, each for the
-// tasks of which this host knows the endpoint, on a host that is not silent.
+// tasks of which this host knows the endpoint, on a host that is not silent; on any, if it
+// is this host that hears nobody.
 func planServices(p Plan, s store.Snapshot, u Underlay) {
 	if !u.Program || s.Network.SlowPath || len(s.Services) == 0 {
 		return
 	}
 	macs, silent := map[netip.Addr]store.MAC{}, map[store.HostID]bool{}
+	deaf := store.Deaf(s.Peers)
 	for _, peer := range s.Peers {
-		silent[peer.ID] = !peer.DeadSince.IsZero()
+		silent[peer.ID] = !peer.DeadSince.IsZero() && !deaf
 	}
 	for _, e := range s.Remote {
 		if !silent[e.Owner] {
