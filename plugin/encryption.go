@@ -148,10 +148,7 @@ func (s *services) revoke(ctx context.Context, host string, out bool) (revokedRe
 				found = append(found, revokedReply{ID: k.Host})
 			}
 		}
-		found = slices.DeleteFunc(found, func(f revokedReply) bool {
-			return host == "" || f.Name != host && !strings.HasPrefix(string(f.ID), host)
-		})
-		if len(found) != 1 {
+		if found = called(found, host); len(found) != 1 {
 			return fmt.Errorf("%d other hosts are called %.80q or have an id that begins so; weft peers lists them: %w", len(found), host, store.ErrNotFound)
 		}
 		r = found[0]
@@ -161,6 +158,25 @@ func (s *services) revoke(ctx context.Context, host string, out bool) (revokedRe
 		s.log.Warn("host revoked or restored by command", "host", r.ID, "name", r.Name, "revoked", out)
 	}
 	return r, err
+}
+
+// called returns the hosts that a user means by a name or id, or else those whose id
+// begins so: of a host called c the ids of others may.
+func called(all []revokedReply, host string) (out []revokedReply) {
+	var begin []revokedReply
+	for _, h := range all {
+		switch {
+		case host == "": // hosts that were forgotten have no name
+		case h.Name == host || string(h.ID) == host:
+			out = append(out, h)
+		case strings.HasPrefix(string(h.ID), host):
+			begin = append(begin, h)
+		}
+	}
+	if len(out) == 0 {
+		return begin
+	}
+	return out
 }
 
 // tunnelsTo returns the ways to a peer: two while a key changes.
