@@ -85,6 +85,9 @@ func (s *swarm) settled(t *testing.T) {
 					return
 				}
 				t.Logf("host %s: for the slow audits: %s", h.Name, out)
+				if ended, err := h.EndOrphans(t.Context()); err != nil || ended != "" {
+					t.Logf("host %s: processes that a killed dockerd left, ended: %s, %v", h.Name, ended, err)
+				}
 				if err := leap(t.Context(), h); err != nil {
 					t.Error(err)
 					return

@@ -184,6 +184,20 @@ func (h *Host) KillDockerd(ctx context.Context) error {
 	return nil
 }
 
+// EndOrphans ends the processes of containers that dockerd was starting when it was
+// killed, and returns the containers' ids: Docker thinks that they do not run, or knows
+// nothing of them, never ends them, and they hold their namespaces and what is in there.
+func (h *Host) EndOrphans(ctx context.Context) (string, error) {
+	return h.Exec(ctx, "sh", "-c", `for shim in $(pgrep -f '/containerd-shim-runc-v2 -namespace moby '); do
+		[ "$(readlink /proc/$shim/ns/mnt)" = "$(readlink /proc/self/ns/mnt)" ] || continue # of another host
+		id=$(tr '\0' '\n' </proc/$shim/cmdline | grep -A1 -x -e -id | tail -1)
+		[ -n "$id" ] && [ "$(docker inspect --format '{{.State.Running}}' $id 2>/dev/null)" != true ] || continue
+		echo $id
+		pkill -KILL -P $shim
+		kill -KILL $shim
+	done; true`)
+}
+
 func (h *Host) endLocked(ctx context.Context, sig syscall.Signal) error {
 	d := h.daemon
 	if d == nil {
