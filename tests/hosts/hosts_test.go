@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -125,6 +126,25 @@ func TestSweepRemovesWhatADeadProcessLeft(t *testing.T) {
 	for _, p := range []string{filepath.Join(root, alive), "/run/netns/" + spaces[alive]} {
 		if !exists(p) {
 			t.Errorf("%s of a living process is gone", p)
+		}
+	}
+}
+
+// A lab whose owner is being noted is not a dead one's.
+func TestLabThatBeginsIsAlive(t *testing.T) {
+	Require(t, "root")
+	name := prefix + strconv.Itoa(os.Getpid()) + "-99999"
+	dir := filepath.Join(root, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	for _, text := range []string{"", "1"} {
+		if err := os.WriteFile(filepath.Join(dir, "owner"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if alive := ownerAlive(name, os.Getpid()); alive != (text == "") {
+			t.Errorf("owner %q: alive %t", text, alive)
 		}
 	}
 }

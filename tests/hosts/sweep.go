@@ -96,7 +96,8 @@ func ownerAlive(name string, pid int) bool {
 		return false
 	}
 	want, err := os.ReadFile(filepath.Join(root, name, "owner"))
-	return err != nil || string(want) == start
+	// Not there, or empty: it is being written.
+	return err != nil || len(want) == 0 || string(want) == start
 }
 
 // startTime returns field 22 of /proc/PID/stat, in clock ticks since boot.
