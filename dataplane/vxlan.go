@@ -255,8 +255,8 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 			peers6 = append(peers6, peer.Address.String())
 		}
 	}
-	p.Add(peerSet(setPeers4, false, peers4))
-	p.Add(peerSet(setPeers6, true, peers6))
+	p.Add(peerSet(false, peers4))
+	p.Add(peerSet(true, peers6))
 	for _, v6 := range []bool{false, true} {
 		planGuard(p, v6, s, u)
 		planForward(p, v6, s, u)
@@ -268,8 +268,8 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 	return p
 }
 
-func peerSet(name string, v6 bool, members []string) Set {
-	return Set{Name: name, V6: v6, Members: joinMembers(members)}
+func peerSet(v6 bool, members []string) Set {
+	return Set{Name: peerSetName(v6), V6: v6, Members: joinMembers(members)}
 }
 
 func peerSetName(v6 bool) string {

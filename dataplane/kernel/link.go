@@ -71,6 +71,12 @@ type port struct {
 	stopped                     bool // it forwards nothing; so does one without a carrier
 }
 
+// Flags of a port that must be off, and that must be on, for all to pass.
+var (
+	portOff = []int{nl.IFLA_BRPORT_ISOLATED, nl.IFLA_BRPORT_LOCKED, nl.IFLA_BRPORT_MAB, nl.IFLA_BRPORT_PROXYARP, nl.IFLA_BRPORT_PROXYARP_WIFI}
+	portOn  = []int{nl.IFLA_BRPORT_UNICAST_FLOOD, nl.IFLA_BRPORT_MCAST_FLOOD, nl.IFLA_BRPORT_BCAST_FLOOD}
+)
+
 // forwarding is the state of a port that forwards (BR_STATE_FORWARDING in
 // include/uapi/linux/if_bridge.h).
 const forwarding = 3
@@ -250,12 +256,11 @@ func (l *link) parseKind(b []byte) {
 					l.port.suppress = u8(v) != 0
 				case nl.IFLA_BRPORT_MODE:
 					l.port.hairpin = u8(v) != 0
-				case nl.IFLA_BRPORT_ISOLATED, nl.IFLA_BRPORT_LOCKED, nl.IFLA_BRPORT_MAB, nl.IFLA_BRPORT_PROXYARP, nl.IFLA_BRPORT_PROXYARP_WIFI:
-					l.port.limited = l.port.limited || u8(v) != 0
-				case nl.IFLA_BRPORT_UNICAST_FLOOD, nl.IFLA_BRPORT_MCAST_FLOOD, nl.IFLA_BRPORT_BCAST_FLOOD:
-					l.port.limited = l.port.limited || u8(v) == 0
 				case nl.IFLA_BRPORT_STATE:
 					l.port.stopped = u8(v) != forwarding
+				default:
+					on := u8(v) != 0
+					l.port.limited = l.port.limited || on && slices.Contains(portOff, int(t)) || !on && slices.Contains(portOn, int(t))
 				}
 			}
 		}

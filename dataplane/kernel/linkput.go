@@ -117,10 +117,10 @@ func (k *Kernel) raise(name string, closed, up bool) error {
 // passes over.
 func portAttr(suppress, hairpin bool) *nl.RtAttr {
 	attrs := []*nl.RtAttr{flag(nl.IFLA_BRPORT_LEARNING, false), flag(nl.IFLA_BRPORT_NEIGH_SUPPRESS, suppress), flag(nl.IFLA_BRPORT_MODE, hairpin)}
-	for _, off := range []int{nl.IFLA_BRPORT_ISOLATED, nl.IFLA_BRPORT_LOCKED, nl.IFLA_BRPORT_MAB, nl.IFLA_BRPORT_PROXYARP, nl.IFLA_BRPORT_PROXYARP_WIFI} {
+	for _, off := range portOff {
 		attrs = append(attrs, flag(off, false))
 	}
-	for _, on := range []int{nl.IFLA_BRPORT_UNICAST_FLOOD, nl.IFLA_BRPORT_MCAST_FLOOD, nl.IFLA_BRPORT_BCAST_FLOOD} {
+	for _, on := range portOn {
 		attrs = append(attrs, flag(on, true))
 	}
 	return slaveAttr(attrs...)

@@ -87,6 +87,22 @@ func (t *tunnels) device(name string) (out *wgtypes.Device, err error) {
 	return out, err
 }
 
+// devices returns the state of those of dataplane.TunnelNames that there are.
+func (t *tunnels) devices() (map[int]*wgtypes.Device, error) {
+	out := map[int]*wgtypes.Device{}
+	for i, name := range dataplane.TunnelNames {
+		d, err := t.device(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("WireGuard device %s: %w", name, err)
+		}
+		out[i] = d
+	}
+	return out, nil
+}
+
 // hasModule reports whether the kernel's module is loaded.
 func hasModule() bool {
 	_, err := netlink.GenlFamilyGet("wireguard")
@@ -308,17 +324,14 @@ func (k *Kernel) applyPeers(ctx context.Context, ops []dataplane.Op) []error {
 
 // peers returns the peers of all devices, and the prefixes that our routes lead there.
 func (k *Kernel) peers() (map[dataplane.Key]wgtypes.Peer, map[netip.Prefix]bool, error) {
+	devices, err := k.tunnels.devices()
+	if err != nil {
+		return nil, nil, err
+	}
 	out := map[dataplane.Key]wgtypes.Peer{}
-	for _, name := range dataplane.TunnelNames {
-		d, err := k.tunnels.device(name)
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, nil, fmt.Errorf("WireGuard device %s: %w", name, err)
-		}
+	for i, d := range devices {
 		for _, p := range d.Peers {
-			out[dataplane.TunnelPeer{Device: name, Public: store.WGKey(p.PublicKey)}.Key()] = p
+			out[dataplane.TunnelPeer{Device: dataplane.TunnelNames[i], Public: store.WGKey(p.PublicKey)}.Key()] = p
 		}
 	}
 	routed, err := k.tunnelRoutes()
@@ -351,15 +364,12 @@ func (k *Kernel) putPeer(o dataplane.TunnelPeer, old *wgtypes.Peer) error {
 
 // allowed returns who may send from each address, by device.
 func (k *Kernel) allowed() (map[netip.Prefix][2]store.WGKey, error) {
+	devices, err := k.tunnels.devices()
+	if err != nil {
+		return nil, err
+	}
 	out := map[netip.Prefix][2]store.WGKey{}
-	for i, name := range dataplane.TunnelNames {
-		d, err := k.tunnels.device(name)
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("WireGuard device %s: %w", name, err)
-		}
+	for i, d := range devices {
 		for _, p := range d.Peers {
 			for _, n := range p.AllowedIPs {
 				keys := out[prefixOf(n)]
@@ -458,17 +468,18 @@ func (p TunnelPeer) Talks() bool {
 
 // Tunnels returns the state of this host's WireGuard devices.
 func (k *Kernel) Tunnels(ctx context.Context) ([]Tunnel, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	devices, err := k.tunnels.devices()
+	if err != nil {
+		return nil, err
+	}
 	var out []Tunnel
-	for _, name := range dataplane.TunnelNames {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		d, err := k.tunnels.device(name)
-		if errors.Is(err, os.ErrNotExist) {
+	for i, name := range dataplane.TunnelNames {
+		d, ok := devices[i]
+		if !ok {
 			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("WireGuard device %s: %w", name, err)
 		}
 		t := Tunnel{Name: name, Module: k.tunnels.running(name) == nil, Public: store.WGKey(d.PublicKey), Port: uint16(d.ListenPort)}
 		for _, p := range d.Peers {

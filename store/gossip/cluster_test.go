@@ -77,12 +77,7 @@ func TestRecordsOfNetworkCreatedLaterAreFetched(t *testing.T) {
 // endpoints, by a thousand hosts at once perhaps.
 func TestStartAsksForNothingThatIsHeld(t *testing.T) {
 	t.Parallel()
-	s := newSegment()
-	a := newHost(t, s.addr(1)).start()
-	b := newHost(t, s.addr(2), s.addr(1)).start()
-	for _, h := range []*host{a, b} {
-		h.addNetwork(5000, "10.50.0.0/16")
-	}
+	a, b := newPair(t)
 	a.addEndpoint(5000, "ep1", "10.50.0.1")
 	b.waitSees(5000, soon, "ep1")
 	b.waitPeer(a, soon, "in sync", inSync)
@@ -217,12 +212,7 @@ func TestRestartedHostKeepsRecords(t *testing.T) {
 
 func TestLostDatabaseIsFetchedAnew(t *testing.T) {
 	t.Parallel()
-	s := newSegment()
-	a := newHost(t, s.addr(1)).start()
-	b := newHost(t, s.addr(2), s.addr(1)).start()
-	for _, h := range []*host{a, b} {
-		h.addNetwork(5000, "10.50.0.0/16")
-	}
+	a, b := newPair(t)
 	for i := range 20 {
 		a.addEndpoint(5000, fmt.Sprintf("old%02d", i), fmt.Sprintf("10.50.0.%d", i+1))
 	}
@@ -248,12 +238,7 @@ func TestLostDatabaseIsFetchedAnew(t *testing.T) {
 
 func TestDatabaseOfYesterdayIsBelieved(t *testing.T) {
 	t.Parallel()
-	s := newSegment()
-	a := newHost(t, s.addr(1)).start()
-	b := newHost(t, s.addr(2), s.addr(1)).start()
-	for _, h := range []*host{a, b} {
-		h.addNetwork(5000, "10.50.0.0/16")
-	}
+	a, b := newPair(t)
 	a.addEndpoint(5000, "kept", "10.50.0.1")
 	b.waitSees(5000, soon, "kept")
 	path := filepath.Join(a.dir, "weft.db")

@@ -14,12 +14,7 @@ import (
 // until it makes one, and peers keep none of the old.
 func TestEmptyDatabaseIsBelieved(t *testing.T) {
 	t.Parallel()
-	s := newSegment()
-	a := newHost(t, s.addr(1)).start()
-	b := newHost(t, s.addr(2), s.addr(1)).start()
-	for _, h := range []*host{a, b} {
-		h.addNetwork(5000, "10.50.0.0/16")
-	}
+	a, b := newPair(t)
 	a.addEndpoint(5000, "ep1", "10.50.0.1")
 	a.update(func(tx *store.Tx) error {
 		return tx.PutServices(a.id.ID, true, []store.Service{{VNI: 5000, VIP: netip.MustParseAddr("10.50.1.1"), Name: "web"}})
@@ -49,12 +44,7 @@ func TestEmptyDatabaseIsBelieved(t *testing.T) {
 // peer is down, and passes the version that the peer holds.
 func TestOvertakenCopyIsNoticed(t *testing.T) {
 	t.Parallel()
-	s := newSegment()
-	a := newHost(t, s.addr(1)).start()
-	b := newHost(t, s.addr(2), s.addr(1)).start()
-	for _, h := range []*host{a, b} {
-		h.addNetwork(5000, "10.50.0.0/16")
-	}
+	a, b := newPair(t)
 	a.addEndpoint(5000, "kept", "10.50.0.1")
 	b.waitSees(5000, soon, "kept")
 	path := filepath.Join(a.dir, "weft.db")

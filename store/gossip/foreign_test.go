@@ -8,12 +8,7 @@ import (
 // A peer that tells addresses that are not of the network is noticed.
 func TestForeignAddressIsNoticed(t *testing.T) {
 	t.Parallel()
-	s := newSegment()
-	a := newHost(t, s.addr(1)).start()
-	b := newHost(t, s.addr(2), s.addr(1)).start()
-	for _, h := range []*host{a, b} {
-		h.addNetwork(5000, "10.50.0.0/16")
-	}
+	a, b := newPair(t)
 	a.addEndpoint(5000, "ep1", "10.50.0.1")
 	b.waitSees(5000, soon, "ep1")
 	if n := b.c.Stats().Dropped["foreign-address"]; n != 0 {

@@ -44,6 +44,18 @@ type host struct {
 	done chan error
 }
 
+// newPair makes two hosts that are started and run network 5000; the second joins the
+// first.
+func newPair(t *testing.T) (a, b *host) {
+	s := newSegment()
+	a = newHost(t, s.addr(1)).start()
+	b = newHost(t, s.addr(2), s.addr(1)).start()
+	for _, h := range []*host{a, b} {
+		h.addNetwork(5000, "10.50.0.0/16")
+	}
+	return a, b
+}
+
 // newHost makes a host that is not started. Join may be empty.
 func newHost(t *testing.T, addr netip.Addr, join ...netip.Addr) *host {
 	t.Helper()
