@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -64,7 +65,7 @@ func (v *vips) resets(t *testing.T) {
 			_, err = c.Read(make([]byte, 1))
 		}
 		switch {
-		case !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) && !errors.Is(err, io.EOF):
+		case !wasReset(err):
 			t.Errorf("connection %d to a task that is gone: %v", i, err)
 		case i%2 == 0:
 			asking++
@@ -74,4 +75,49 @@ func (v *vips) resets(t *testing.T) {
 		_ = c.Close()
 	}
 	figure(t, "VIP connections of removed tasks", len(conns), "%d of clients that ask reset, %d of such that only wait; target all", asking, waiting)
+}
+
+func wasReset(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, io.EOF)
+}
+
+// gone removes the service, also where the plugin dies of it: nobody answers, and clients
+// that only wait are told.
+func (v *vips) gone(t *testing.T) {
+	const port = 9003
+	for _, c := range v.running(t) {
+		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
+	}
+	var conns []net.Conn
+	for _, c := range v.clients {
+		conns = append(conns, v.connect(t, c, 5, port)...)
+	}
+	for _, c := range conns {
+		if err := roundTrip(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dies := diesAt(t, v.lab.Hosts[1], "kernel.delete.service")
+	docker(t, v.lab.Hosts[0], "service", "rm", "web")
+	dies()
+	for _, c := range v.clients {
+		ns := netnsOf(t, c)
+		eventually(t, 60*time.Second, "the address of a service that is gone answers nobody", func(context.Context) error {
+			if name, err := answerer(ns, v.address.String()); err == nil {
+				return fmt.Errorf("%s answers", name)
+			}
+			return nil
+		})
+	}
+	reset := 0
+	for i, c := range conns {
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); wasReset(err) {
+			reset++
+		} else {
+			t.Errorf("connection %d to a service that is gone: %v", i, err)
+		}
+		_ = c.Close()
+	}
+	figure(t, "VIP connections of a removed service", len(conns), "%d of clients that only wait reset; target all", reset)
 }

@@ -475,19 +475,3 @@ func (v *vips) noManager(t *testing.T) {
 		v.balanced(t, c, 3)
 	}
 }
-
-// gone removes the service: its address answers nobody.
-func (v *vips) gone(t *testing.T) {
-	dies := diesAt(t, v.lab.Hosts[1], "kernel.delete.service")
-	docker(t, v.lab.Hosts[0], "service", "rm", "web")
-	dies()
-	for _, c := range v.clients {
-		ns := netnsOf(t, c)
-		eventually(t, 60*time.Second, "the address of a service that is gone answers nobody", func(context.Context) error {
-			if name, err := answerer(ns, v.address.String()); err == nil {
-				return fmt.Errorf("%s answers", name)
-			}
-			return nil
-		})
-	}
-}

@@ -188,7 +188,8 @@ func (k *Kernel) deleteProgram() error {
 	return errors.Join(
 		m.WeftSettings.Put(uint32(0), bpf.ProgramSettings{}),
 		clearMap[uint32, bpf.ProgramPort](m.WeftPorts), clearMap[bpf.ProgramDestKey, bpf.ProgramDest](m.WeftDests), clearMap[bpf.ProgramDestKey, bpf.ProgramService](m.WeftServices),
-		clearMap[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftFlowsTo), clearMap[bpf.ProgramFlow, uint32](m.WeftFlowsFrom), clearMap[bpf.ProgramPart, bpf.ProgramFlowTo](m.WeftParts), clearMap[bpf.ProgramPair, bpf.ProgramTally](m.WeftPairs),
+		clearMap[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftFlowsTo), clearMap[bpf.ProgramFlow, uint32](m.WeftFlowsFrom), clearMap[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftBriefTo), clearMap[bpf.ProgramFlow, uint32](m.WeftBriefFrom),
+		clearMap[bpf.ProgramPart, bpf.ProgramFlowTo](m.WeftParts), clearMap[bpf.ProgramPair, bpf.ProgramTally](m.WeftPairs),
 		replaceKeys(m.WeftPeers, nil), k.program.unpin())
 }
 

@@ -173,8 +173,8 @@ func (p *Program) identify() error {
 // maps returns the maps by name, in a fixed order.
 func (p *Program) maps() (names []string, all []**ebpf.Map) {
 	m := &p.objects.ProgramMaps
-	return []string{"weft_settings", "weft_ports", "weft_dests", "weft_peers", "weft_counters", "weft_services", "weft_flows_to", "weft_flows_from", "weft_parts", "weft_pairs", "weft_totals"},
-		[]**ebpf.Map{&m.WeftSettings, &m.WeftPorts, &m.WeftDests, &m.WeftPeers, &m.WeftCounters, &m.WeftServices, &m.WeftFlowsTo, &m.WeftFlowsFrom, &m.WeftParts, &m.WeftPairs, &m.WeftTotals}
+	return []string{"weft_settings", "weft_ports", "weft_dests", "weft_peers", "weft_counters", "weft_services", "weft_flows_to", "weft_flows_from", "weft_brief_to", "weft_brief_from", "weft_parts", "weft_pairs", "weft_totals"},
+		[]**ebpf.Map{&m.WeftSettings, &m.WeftPorts, &m.WeftDests, &m.WeftPeers, &m.WeftCounters, &m.WeftServices, &m.WeftFlowsTo, &m.WeftFlowsFrom, &m.WeftBriefTo, &m.WeftBriefFrom, &m.WeftParts, &m.WeftPairs, &m.WeftTotals}
 }
 
 // programs returns the programs in the order of where they stand.

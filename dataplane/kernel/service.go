@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -42,8 +43,9 @@ func (k *Kernel) eachService(fn func(bpf.ProgramDestKey, bpf.ProgramService)) er
 }
 
 // applyService changes the tasks behind a virtual address. Flows to tasks that are no
-// longer there are forgotten, so that the next packet of each is answered by a reset or,
-// where it can be, begins a new one. Clients of TCP are made to send that packet.
+// longer there, or to an address that is not, are forgotten, so that the next packet of
+// each is answered by a reset or, where it can be, begins a new one. Clients of TCP are
+// made to send that packet.
 func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 	if k.program.err != nil {
 		return nil
@@ -51,12 +53,21 @@ func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 	m := &k.program.objects
 	key := bpf.ProgramDestKey{Vni: uint32(o.VNI), At: fromAddr(o.VIP)}
 	if verb == dataplane.Delete {
+		// With nobody behind it the address is still answered, by resets.
+		if err := m.WeftServices.Update(key, bpf.ProgramService{}, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err
+		}
+		streams, err := k.forgetFlows(func(f bpf.ProgramFlow, _ uint32) bool { return ofService(f, o) })
+		if err := errors.Join(err, k.wake(streams)); err != nil {
+			return err
+		}
+		if len(streams) > 0 {
+			time.Sleep(wakeWait)
+		}
 		if err := m.WeftServices.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return err
 		}
-		// Nothing answers for the address any more, so nobody is woken.
-		_, err := k.forgetFlows(func(f bpf.ProgramFlow, _ uint32) bool { return ofService(f, o) })
-		return err
+		return nil
 	}
 	var old bpf.ProgramService
 	_ = m.WeftServices.Lookup(key, &old)
@@ -74,6 +85,10 @@ func (k *Kernel) applyService(verb dataplane.Verb, o dataplane.Service) error {
 	return nil
 }
 
+// wakeWait is what clients that were woken have for their segment, before the address is
+// answered no more: theirs is the next thing that their host does.
+const wakeWait = 20 * time.Millisecond
+
 func ofService(f bpf.ProgramFlow, o dataplane.Service) bool {
 	return f.Vni == uint32(o.VNI) && f.Dst == fromAddr4(o.VIP)
 }
@@ -82,32 +97,36 @@ func ofService(f bpf.ProgramFlow, o dataplane.Service) bool {
 // both directions, and returns those of TCP. Of a flow either direction may be known alone.
 func (k *Kernel) forgetFlows(gone func(f bpf.ProgramFlow, task uint32) bool) (streams []bpf.ProgramFlow, err error) {
 	m := &k.program.objects
-	all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](m.WeftFlowsTo)
-	if err != nil {
-		return nil, fmt.Errorf("read flows: %w", err)
+	for _, table := range []*ebpf.Map{m.WeftFlowsTo, m.WeftBriefTo} {
+		all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](table)
+		if err != nil {
+			return streams, fmt.Errorf("read flows: %w", err)
+		}
+		for key, to := range all {
+			if !gone(key, to.Ip4) {
+				continue
+			}
+			if err := forgetKey(table, key); err != nil {
+				return streams, err
+			}
+			if key.Proto == unix.IPPROTO_TCP {
+				streams = append(streams, key)
+			}
+		}
 	}
-	for key, to := range all {
-		if !gone(key, to.Ip4) {
-			continue
+	for _, table := range []*ebpf.Map{m.WeftFlowsFrom, m.WeftBriefFrom} {
+		answers, err := entries[bpf.ProgramFlow, uint32](table)
+		if err != nil {
+			return streams, fmt.Errorf("read flows of answers: %w", err)
 		}
-		if err := forgetKey(m.WeftFlowsTo, key); err != nil {
-			return streams, err
-		}
-		if key.Proto == unix.IPPROTO_TCP {
-			streams = append(streams, key)
-		}
-	}
-	answers, err := entries[bpf.ProgramFlow, uint32](m.WeftFlowsFrom)
-	if err != nil {
-		return streams, fmt.Errorf("read flows of answers: %w", err)
-	}
-	for key, vip := range answers {
-		asked := bpf.ProgramFlow{Vni: key.Vni, Src: key.Dst, Dst: vip, Sport: key.Dport, Dport: key.Sport, Proto: key.Proto}
-		if !gone(asked, key.Src) {
-			continue
-		}
-		if err := forgetKey(m.WeftFlowsFrom, key); err != nil {
-			return streams, err
+		for key, vip := range answers {
+			asked := bpf.ProgramFlow{Vni: key.Vni, Src: key.Dst, Dst: vip, Sport: key.Dport, Dport: key.Sport, Proto: key.Proto}
+			if !gone(asked, key.Src) {
+				continue
+			}
+			if err := forgetKey(table, key); err != nil {
+				return streams, err
+			}
 		}
 	}
 	return streams, nil

@@ -190,6 +190,96 @@ func TestDirectAnswersComeFromTheTask(t *testing.T) {
 	}
 }
 
+// TestIdleConnectionsOutlastOthers: a connection that is silent keeps its place while more
+// flows come and go than the tables hold, of each kind, and loses it when it is closed.
+func TestIdleConnectionsOutlastOthers(t *testing.T) {
+	kerneltest.Netns(t)
+	p, _ := guarded(t, dataplane.Port{Guard: true, Fast: true, Services: true})
+	vip := netip.MustParseAddr("10.1.0.200")
+	o := dataplane.Service{VNI: 1, VIP: vip, Backends: victim.IPv4.String() + " " + victim.MAC.String()}
+	must(t, p.objects.WeftServices.Put(bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}, serviceValue(o)))
+	const fin, syn, rst, ack = 1, 2, 4, 16
+	out := make([]byte, 256)
+	ask := func(proto byte, content []byte) {
+		t.Helper()
+		frame := ipv4(own.MAC, dataplane.RouterMAC, own.IPv4, vip, proto, content)
+		_, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: frame})
+		must(t, err)
+	}
+	// answer returns from where the client sees a segment of the task.
+	answer := func(src, dst uint16, flags byte) netip.Addr {
+		t.Helper()
+		frame := ipv4(victim.MAC, own.MAC, victim.IPv4, own.IPv4, 6, segment(src, dst, flags))
+		r := ebpf.RunOptions{Data: frame, DataOut: out}
+		_, err := p.objects.WeftToContainer.Run(&r)
+		must(t, err)
+		src4, _ := netip.AddrFromSlice(r.DataOut[26:30])
+		return src4
+	}
+	lasts := func(port, at uint16) bool {
+		f := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(own.IPv4), Dst: fromAddr4(vip), Sport: swap(port), Dport: swap(at), Proto: 6}
+		back := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(victim.IPv4), Dst: f.Src, Sport: f.Dport, Dport: f.Sport, Proto: 6}
+		var to bpf.ProgramFlowTo
+		var from uint32
+		known, answered := p.objects.WeftFlowsTo.Lookup(f, &to) == nil, p.objects.WeftFlowsFrom.Lookup(back, &from) == nil
+		if known != answered {
+			t.Errorf("port %d: known %v, its answers %v", port, known, answered)
+		}
+		return known
+	}
+	open := func(port, at uint16) {
+		t.Helper()
+		ask(6, segment(port, at, syn))
+		if lasts(port, at) {
+			t.Errorf("port %d has the place of a connection before it is one", port)
+		}
+		answer(at, port, syn|ack)
+		ask(6, segment(port, at, ack))
+	}
+	const idle, room = 50000, 65536 // MAX_FLOWS
+	open(idle, 80)
+	for what, flow := range map[string]func(port, at uint16){
+		"datagrams":                       func(port, at uint16) { ask(17, segment(port, at, 0)) },
+		"connections that nobody answers": func(port, at uint16) { ask(6, segment(port, at, syn)) },
+		"connections that the client closes first": func(port, at uint16) {
+			open(port, at)
+			ask(6, segment(port, at, fin|ack))
+			answer(at, port, fin|ack)
+			ask(6, segment(port, at, ack))
+		},
+		"connections that the task closes first": func(port, at uint16) {
+			open(port, at)
+			answer(at, port, fin|ack)
+			ask(6, segment(port, at, fin|ack))
+			if from := answer(at, port, ack); from != vip {
+				t.Errorf("the last acknowledgement comes from %s", from)
+			}
+		},
+		"connections that the client resets": func(port, at uint16) {
+			open(port, at)
+			ask(6, segment(port, at, rst))
+		},
+		"connections that the task resets": func(port, at uint16) {
+			open(port, at)
+			answer(at, port, rst|ack)
+		},
+	} {
+		for i := range room + room/4 {
+			port, at := uint16(1000+i%room/2), uint16(1+i/(room/2))
+			flow(port, at)
+			if lasts(port, at) {
+				t.Errorf("%s: one that is over has the place of a connection", what)
+			}
+			if t.Failed() {
+				t.Fatalf("after %d %s", i, what)
+			}
+		}
+		if from := answer(80, idle, ack); from != vip || !lasts(idle, 80) {
+			t.Errorf("after %s: the answer to the idle connection comes from %s, want %s", what, from, vip)
+		}
+	}
+}
+
 // TestPiecesOfAnswersGoToTheClient: on a routed network all packets have the router's MAC,
 // those of a task too, whose answer's first piece has left its mark.
 func TestPiecesOfAnswersGoToTheClient(t *testing.T) {

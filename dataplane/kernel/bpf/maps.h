@@ -88,8 +88,10 @@ struct flow {
 struct flow_to {
 	__u32 ip4;
 	__u8 mac[6];
-	__u16 zero;
+	__u16 closed; /* of TCP, by whom */
 };
+#define CLOSED_CLIENT 1
+#define CLOSED_TASK 2
 
 /* part names the fragments of a packet (RFC 791), of which the first alone has ports. */
 #define MAX_PARTS 8192
@@ -180,6 +182,10 @@ struct {
 	__uint(pinning, PINNED);
 } weft_services SEC(".maps");
 
+/* weft_flows_to and weft_flows_from have connections of TCP from their first
+ * acknowledgement until both sides have closed them, for those may be silent for long;
+ * weft_brief_to and weft_brief_from all else. So what comes and goes pushes out only
+ * its like. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, MAX_FLOWS);
@@ -187,6 +193,14 @@ struct {
 	__type(value, struct flow_to);
 	__uint(pinning, PINNED);
 } weft_flows_to SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow);
+	__type(value, struct flow_to);
+	__uint(pinning, PINNED);
+} weft_brief_to SEC(".maps");
 
 /* weft_flows_from has the virtual address of a flow from a task to its client. */
 struct {
@@ -196,6 +210,14 @@ struct {
 	__type(value, __u32);
 	__uint(pinning, PINNED);
 } weft_flows_from SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow);
+	__type(value, __u32);
+	__uint(pinning, PINNED);
+} weft_brief_from SEC(".maps");
 
 /* weft_parts has the task, or from a task the virtual address, that the first fragment
  * got: the next ones get it too. */

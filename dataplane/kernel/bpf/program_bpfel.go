@@ -58,10 +58,10 @@ type ProgramFlow struct {
 }
 
 type ProgramFlowTo struct {
-	_    structs.HostLayout
-	Ip4  uint32
-	Mac  [6]uint8
-	Zero uint16
+	_      structs.HostLayout
+	Ip4    uint32
+	Mac    [6]uint8
+	Closed uint16
 }
 
 type ProgramPair struct {
@@ -127,6 +127,8 @@ type ProgramTotal struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	ProgramMapWeftBriefFrom      = "weft_brief_from"
+	ProgramMapWeftBriefTo        = "weft_brief_to"
 	ProgramMapWeftCounters       = "weft_counters"
 	ProgramMapWeftDests          = "weft_dests"
 	ProgramMapWeftFlowsFrom      = "weft_flows_from"
@@ -196,6 +198,8 @@ type ProgramProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type ProgramMapSpecs struct {
+	WeftBriefFrom *ebpf.MapSpec `ebpf:"weft_brief_from"`
+	WeftBriefTo   *ebpf.MapSpec `ebpf:"weft_brief_to"`
 	WeftCounters  *ebpf.MapSpec `ebpf:"weft_counters"`
 	WeftDests     *ebpf.MapSpec `ebpf:"weft_dests"`
 	WeftFlowsFrom *ebpf.MapSpec `ebpf:"weft_flows_from"`
@@ -235,6 +239,8 @@ func (o *ProgramObjects) Close() error {
 //
 // It can be passed to LoadProgramObjects or ebpf.CollectionSpec.LoadAndAssign.
 type ProgramMaps struct {
+	WeftBriefFrom *ebpf.Map `ebpf:"weft_brief_from"`
+	WeftBriefTo   *ebpf.Map `ebpf:"weft_brief_to"`
 	WeftCounters  *ebpf.Map `ebpf:"weft_counters"`
 	WeftDests     *ebpf.Map `ebpf:"weft_dests"`
 	WeftFlowsFrom *ebpf.Map `ebpf:"weft_flows_from"`
@@ -250,6 +256,8 @@ type ProgramMaps struct {
 
 func (m *ProgramMaps) Close() error {
 	return _ProgramClose(
+		m.WeftBriefFrom,
+		m.WeftBriefTo,
 		m.WeftCounters,
 		m.WeftDests,
 		m.WeftFlowsFrom,

@@ -207,9 +207,20 @@ static __always_inline void answer_of(struct flow *back, const struct flow *f, _
 	back->dport = f->proto == NEXT_ICMP ? 0 : f->sport;
 }
 
+/* vip_of returns the virtual address that answers come from, or null. */
+static __always_inline __u32 *vip_of(const struct flow *back)
+{
+	__u32 *vip = 0;
+
+	if (back->proto == NEXT_TCP)
+		vip = bpf_map_lookup_elem(&weft_flows_from, back);
+	return vip ? vip : bpf_map_lookup_elem(&weft_brief_from, back);
+}
+
 /* expect lets the answers of a flow to a virtual address come from there. The table may
- * have lost that, or another flow between the two may have taken its place. */
-static __always_inline int expect(const struct flow *f, const struct flow_to *to)
+ * have lost that, or another flow between the two may have taken its place. lasting: the
+ * flow is a connection, with a place in the tables of those. */
+static __always_inline int expect(const struct flow *f, const struct flow_to *to, int lasting)
 {
 	struct flow back = {};
 	struct flow_to *self;
@@ -218,11 +229,17 @@ static __always_inline int expect(const struct flow *f, const struct flow_to *to
 	answer_of(&back, f, to->ip4);
 	if (to->ip4 == f->src) { /* it answers the virtual address too */
 		back.dst = f->dst;
-		self = bpf_map_lookup_elem(&weft_flows_to, &back);
-		return (self && self->ip4 == to->ip4) || !bpf_map_update_elem(&weft_flows_to, &back, to, BPF_ANY);
+		self = bpf_map_lookup_elem(&weft_brief_to, &back);
+		return (self && self->ip4 == to->ip4) || !bpf_map_update_elem(&weft_brief_to, &back, to, BPF_ANY);
 	}
-	vip = bpf_map_lookup_elem(&weft_flows_from, &back);
-	return (vip && *vip == f->dst) || !bpf_map_update_elem(&weft_flows_from, &back, &f->dst, BPF_ANY);
+	vip = vip_of(&back);
+	if (vip && *vip == f->dst)
+		return 1;
+	if (lasting)
+		return !bpf_map_update_elem(&weft_flows_from, &back, &f->dst, BPF_ANY);
+	if (vip && f->proto == NEXT_TCP)
+		bpf_map_delete_elem(&weft_flows_from, &back);
+	return !bpf_map_update_elem(&weft_brief_from, &back, &f->dst, BPF_ANY);
 }
 
 /* unmask lets the answers of what goes to a task's own address come from there: the client
@@ -232,8 +249,78 @@ static __always_inline void unmask(const struct flow *f)
 	struct flow back = {};
 
 	answer_of(&back, f, f->dst);
-	if (bpf_map_lookup_elem(&weft_flows_from, &back))
-		bpf_map_delete_elem(&weft_flows_from, &back);
+	if (!vip_of(&back))
+		return;
+	bpf_map_delete_elem(&weft_flows_from, &back);
+	bpf_map_delete_elem(&weft_brief_from, &back);
+}
+
+/* establish gives a connection its place among those that last. */
+static __always_inline int establish(const struct flow *f, const struct flow_to *to)
+{
+	struct flow back = {};
+
+	answer_of(&back, f, to->ip4);
+	return !bpf_map_update_elem(&weft_flows_to, f, to, BPF_ANY) && !bpf_map_update_elem(&weft_flows_from, &back, &f->dst, BPF_ANY);
+}
+
+/* close notes that a side closes a connection. When both have, or one resets it, its place
+ * is among the brief flows, where the last acknowledgements find it. */
+static __always_inline void close(const struct flow *f, struct flow_to *known, __u8 flags, __u16 side)
+{
+	struct flow back = {};
+	struct flow_to to;
+
+	if (!(flags & (TCP_FIN | TCP_RST)))
+		return;
+	known->closed |= flags & TCP_RST ? CLOSED_CLIENT | CLOSED_TASK : side;
+	to = *known;
+	if (to.closed != (CLOSED_CLIENT | CLOSED_TASK))
+		return;
+	answer_of(&back, f, to.ip4);
+	if (bpf_map_update_elem(&weft_brief_to, f, &to, BPF_ANY) || bpf_map_update_elem(&weft_brief_from, &back, &f->dst, BPF_ANY))
+		return;
+	bpf_map_delete_elem(&weft_flows_to, f);
+	bpf_map_delete_elem(&weft_flows_from, &back);
+}
+
+/* tcp_flags returns those of a segment, or 0. */
+static __always_inline __u8 tcp_flags(struct __sk_buff *skb)
+{
+	struct tcp *tcp = at(skb, L4);
+
+	return holds(skb, tcp, sizeof(*tcp)) ? tcp->flags : 0;
+}
+
+/* task_of finds the task of a flow that is known and follows the life of a connection.
+ * Zero: none is. */
+static __always_inline int task_of(struct __sk_buff *skb, const struct flow *f, struct flow_to *to)
+{
+	__u8 flags = f->proto == NEXT_TCP ? tcp_flags(skb) : 0;
+	struct flow_to *known;
+
+	if (f->proto == NEXT_TCP) {
+		known = bpf_map_lookup_elem(&weft_flows_to, f);
+		if (known) {
+			if (flags & TCP_SYN)
+				known->closed = 0; /* again from the same port */
+			*to = *known;
+			expect(f, to, 1);
+			close(f, known, flags, CLOSED_CLIENT);
+			return 1;
+		}
+	}
+	known = bpf_map_lookup_elem(&weft_brief_to, f);
+	if (!known)
+		return 0;
+	if (flags & TCP_SYN)
+		known->closed = 0;
+	*to = *known;
+	/* Who asks itself has its answers among the brief flows too. */
+	if ((flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK && !to->closed && to->ip4 != f->src && establish(f, to))
+		return 1;
+	expect(f, to, 0);
+	return 1;
 }
 
 /* translate changes the destination of a packet to a virtual address into that of a
@@ -270,11 +357,7 @@ static __always_inline int translate(struct __sk_buff *skb, const struct port *p
 		to = *known;
 		return lead(skb, &f, &to);
 	}
-	known = bpf_map_lookup_elem(&weft_flows_to, &f);
-	if (known) {
-		to = *known;
-		expect(&f, &to);
-	} else {
+	if (!task_of(skb, &f, &to)) {
 		/* Flows of tasks that are gone were removed. */
 		if (!opens(skb, f.proto) || s->n == 0)
 			return f.proto == NEXT_TCP ? reset(skb) : TC_ACT_SHOT;
@@ -283,7 +366,7 @@ static __always_inline int translate(struct __sk_buff *skb, const struct port *p
 			return TC_ACT_SHOT;
 		to.ip4 = s->backends[i].ip4;
 		__builtin_memcpy(to.mac, s->backends[i].mac, 6);
-		if (bpf_map_update_elem(&weft_flows_to, &f, &to, BPF_ANY) || !expect(&f, &to))
+		if (bpf_map_update_elem(&weft_brief_to, &f, &to, BPF_ANY) || !expect(&f, &to, 0))
 			return TC_ACT_SHOT;
 	}
 	if (which == FIRST_PART)
@@ -318,7 +401,7 @@ static __always_inline int translate_error(struct __sk_buff *skb, __u32 vni)
 	f.proto = in.ip.next;
 	f.sport = in.ports.dst;
 	f.dport = in.ports.src;
-	vip = bpf_map_lookup_elem(&weft_flows_from, &f);
+	vip = vip_of(&f);
 	if (!vip)
 		return 1;
 	to = *vip;
@@ -326,6 +409,21 @@ static __always_inline int translate_error(struct __sk_buff *skb, __u32 vni)
 	    bpf_skb_store_bytes(skb, at_inner + offsetof(struct ip4, dst), &to, 4, 0))
 		return 0;
 	return ip.src != in.ip.dst || rewrite(skb, offsetof(struct ip4, src), ip.src, to, 0);
+}
+
+/* answered follows the life of a connection by the answers, from a task, to its client. */
+static __always_inline void answered(const struct flow *back, __u32 vip, __u8 flags)
+{
+	struct flow f = {
+		.vni = back->vni, .src = back->dst, .dst = vip, .sport = back->dport, .dport = back->sport, .proto = NEXT_TCP,
+	};
+	struct flow_to *known;
+
+	if (!(flags & (TCP_FIN | TCP_RST)))
+		return;
+	known = bpf_map_lookup_elem(&weft_flows_to, &f);
+	if (known)
+		close(&f, known, flags, CLOSED_TASK);
 }
 
 /* translate_back gives the answer of a task the virtual address that was asked. */
@@ -343,10 +441,12 @@ static __always_inline int translate_back(struct __sk_buff *skb, __u32 vni)
 	}
 	if (!flow_of(skb, vni, &f))
 		return translate_error(skb, vni);
-	vip = bpf_map_lookup_elem(&weft_flows_from, &f);
+	vip = vip_of(&f);
 	if (!vip)
 		return 1;
 	first.ip4 = *vip;
+	if (f.proto == NEXT_TCP)
+		answered(&f, first.ip4, tcp_flags(skb));
 	if (which == FIRST_PART)
 		bpf_map_update_elem(&weft_parts, &part, &first, BPF_ANY);
 	return rewrite(skb, offsetof(struct ip4, src), f.src, first.ip4, f.proto);
