@@ -137,9 +137,9 @@ func saveNodes(ctx context.Context, db *store.DB, heard []store.Node) (inSwarm b
 						return err
 					}
 				}
-				// This host has one address; one that was not heard of for long is
-				// nobody's.
-				if n.Self && o.Self && a != n.Address || n.Heard.Sub(o.Heard) > forgetNodes {
+				// This host has one address, of which Docker tells when it starts; one
+				// that was not heard of for long is nobody's.
+				if o.Self && n.Self && a != n.Address || !o.Self && n.Heard.Sub(o.Heard) > forgetNodes {
 					delete(known, a)
 					if err := tx.DeleteNode(a); err != nil {
 						return err

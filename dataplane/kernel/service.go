@@ -97,7 +97,8 @@ func ofService(f bpf.ProgramFlow, o dataplane.Service) bool {
 // both directions, and returns those of TCP. Of a flow either direction may be known alone.
 func (k *Kernel) forgetFlows(gone func(f bpf.ProgramFlow, task uint32) bool) (streams []bpf.ProgramFlow, err error) {
 	m := &k.program.objects
-	for _, table := range []*ebpf.Map{m.WeftFlowsTo, m.WeftBriefTo} {
+	// A flow goes from the brief ones to the lasting ones when its client acknowledges.
+	for _, table := range []*ebpf.Map{m.WeftBriefTo, m.WeftFlowsTo} {
 		all, err := entries[bpf.ProgramFlow, bpf.ProgramFlowTo](table)
 		if err != nil {
 			return streams, fmt.Errorf("read flows: %w", err)
@@ -114,7 +115,7 @@ func (k *Kernel) forgetFlows(gone func(f bpf.ProgramFlow, task uint32) bool) (st
 			}
 		}
 	}
-	for _, table := range []*ebpf.Map{m.WeftFlowsFrom, m.WeftBriefFrom} {
+	for _, table := range []*ebpf.Map{m.WeftBriefFrom, m.WeftFlowsFrom} {
 		answers, err := entries[bpf.ProgramFlow, uint32](table)
 		if err != nil {
 			return streams, fmt.Errorf("read flows of answers: %w", err)

@@ -104,26 +104,33 @@ func TestServicesTranslateOddities(t *testing.T) {
 func TestFlowsLeftAreForgotten(t *testing.T) {
 	kerneltest.Netns(t)
 	p, _ := guarded(t, dataplane.Port{Fast: true, Services: true})
+	m := &p.objects
+	for kind, tables := range map[string]struct{ to, from *ebpf.Map }{"lasting": {m.WeftFlowsTo, m.WeftFlowsFrom}, "brief": {m.WeftBriefTo, m.WeftBriefFrom}} {
+		t.Run(kind, func(t *testing.T) { flowsAreForgotten(t, p, tables.to, tables.from) })
+	}
+}
+
+func flowsAreForgotten(t *testing.T, p *Program, to, from *ebpf.Map) {
 	vip, gone := netip.MustParseAddr("10.1.0.200"), netip.MustParseAddr("10.1.0.77")
 	o := dataplane.Service{VNI: 1, VIP: vip, Backends: victim.IPv4.String() + " " + victim.MAC.String()}
 	must(t, p.objects.WeftServices.Put(bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}, serviceValue(o)))
 	var flows, answers []bpf.ProgramFlow
-	flow := func(to, task netip.Addr, port uint16) {
-		f := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(own.IPv4), Dst: fromAddr4(to), Sport: port, Dport: 53, Proto: 6}
+	flow := func(vip, task netip.Addr, port uint16) {
+		f := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(own.IPv4), Dst: fromAddr4(vip), Sport: port, Dport: 53, Proto: 6}
 		back := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(task), Dst: f.Src, Sport: 53, Dport: port, Proto: 6}
-		must(t, p.objects.WeftFlowsTo.Put(f, bpf.ProgramFlowTo{Ip4: fromAddr4(task)}))
-		must(t, p.objects.WeftFlowsFrom.Put(back, f.Dst))
+		must(t, to.Put(f, bpf.ProgramFlowTo{Ip4: fromAddr4(task)}))
+		must(t, from.Put(back, f.Dst))
 		flows, answers = append(flows, f), append(answers, back)
 	}
 	kept := func(what string, want ...bool) {
 		t.Helper()
-		var to bpf.ProgramFlowTo
-		var from uint32
+		var task bpf.ProgramFlowTo
+		var address uint32
 		for i := range want {
-			if err := p.objects.WeftFlowsTo.Lookup(flows[i], &to); (err == nil) != want[i] {
+			if err := to.Lookup(flows[i], &task); (err == nil) != want[i] {
 				t.Errorf("%s: flow %d: %v", what, i, err)
 			}
-			if err := p.objects.WeftFlowsFrom.Lookup(answers[i], &from); (err == nil) != want[i] {
+			if err := from.Lookup(answers[i], &address); (err == nil) != want[i] {
 				t.Errorf("%s: answers of flow %d: %v", what, i, err)
 			}
 		}
@@ -135,7 +142,7 @@ func TestFlowsLeftAreForgotten(t *testing.T) {
 	must(t, k.forgetLeft())
 	kept("at the start", true, false, true)
 	// What leads to the task is no longer in its table, which is full now and then.
-	must(t, p.objects.WeftFlowsTo.Delete(flows[0]))
+	must(t, to.Delete(flows[0]))
 	must(t, k.applyService(dataplane.Delete, o))
 	kept("without the service", false, false, true)
 }
@@ -238,6 +245,25 @@ func TestIdleConnectionsOutlastOthers(t *testing.T) {
 	}
 	const idle, room = 50000, 65536 // MAX_FLOWS
 	open(idle, 80)
+	// A connection of the task to itself is a flow to the address in either direction.
+	selfLasts := func() bool {
+		var to bpf.ProgramFlowTo
+		f := bpf.ProgramFlow{Vni: 1, Src: fromAddr4(own.IPv4), Dst: fromAddr4(vip), Sport: swap(idle), Dport: swap(81), Proto: 6}
+		back := f
+		back.Sport, back.Dport = f.Dport, f.Sport
+		return p.objects.WeftFlowsTo.Lookup(f, &to) == nil && p.objects.WeftFlowsTo.Lookup(back, &to) == nil
+	}
+	toSelf := o
+	toSelf.Backends = own.IPv4.String() + " " + own.MAC.String()
+	must(t, p.objects.WeftServices.Put(bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}, serviceValue(toSelf)))
+	ask(6, segment(idle, 81, syn))
+	ask(6, segment(81, idle, syn|ack))
+	ask(6, segment(idle, 81, ack))
+	ask(6, segment(81, idle, ack))
+	if !selfLasts() {
+		t.Error("a connection of a task to itself has not the place of a connection")
+	}
+	must(t, p.objects.WeftServices.Put(bpf.ProgramDestKey{Vni: 1, At: fromAddr(vip)}, serviceValue(o)))
 	for what, flow := range map[string]func(port, at uint16){
 		"datagrams":                       func(port, at uint16) { ask(17, segment(port, at, 0)) },
 		"connections that nobody answers": func(port, at uint16) { ask(6, segment(port, at, syn)) },
@@ -277,6 +303,14 @@ func TestIdleConnectionsOutlastOthers(t *testing.T) {
 		if from := answer(80, idle, ack); from != vip || !lasts(idle, 80) {
 			t.Errorf("after %s: the answer to the idle connection comes from %s, want %s", what, from, vip)
 		}
+		if !selfLasts() {
+			t.Errorf("after %s the connection of a task to itself is forgotten", what)
+		}
+	}
+	ask(6, segment(idle, 81, fin|ack))
+	ask(6, segment(81, idle, fin|ack))
+	if selfLasts() {
+		t.Error("a connection of a task to itself lasts when it is over")
 	}
 }
 

@@ -207,6 +207,16 @@ static __always_inline void answer_of(struct flow *back, const struct flow *f, _
 	back->dport = f->proto == NEXT_ICMP ? 0 : f->sport;
 }
 
+/* find returns the task of a flow, or null. */
+static __always_inline struct flow_to *find(const struct flow *f)
+{
+	struct flow_to *to = 0;
+
+	if (f->proto == NEXT_TCP)
+		to = bpf_map_lookup_elem(&weft_flows_to, f);
+	return to ? to : bpf_map_lookup_elem(&weft_brief_to, f);
+}
+
 /* vip_of returns the virtual address that answers come from, or null. */
 static __always_inline __u32 *vip_of(const struct flow *back)
 {
@@ -229,17 +239,20 @@ static __always_inline int expect(const struct flow *f, const struct flow_to *to
 	answer_of(&back, f, to->ip4);
 	if (to->ip4 == f->src) { /* it answers the virtual address too */
 		back.dst = f->dst;
-		self = bpf_map_lookup_elem(&weft_brief_to, &back);
+		self = find(&back);
 		return (self && self->ip4 == to->ip4) || !bpf_map_update_elem(&weft_brief_to, &back, to, BPF_ANY);
 	}
-	vip = vip_of(&back);
-	if (vip && *vip == f->dst)
-		return 1;
-	if (lasting)
-		return !bpf_map_update_elem(&weft_flows_from, &back, &f->dst, BPF_ANY);
-	if (vip && f->proto == NEXT_TCP)
-		bpf_map_delete_elem(&weft_flows_from, &back);
-	return !bpf_map_update_elem(&weft_brief_from, &back, &f->dst, BPF_ANY);
+	if (f->proto == NEXT_TCP) {
+		vip = bpf_map_lookup_elem(&weft_flows_from, &back);
+		if (vip && *vip == f->dst)
+			return 1;
+		if (lasting)
+			return !bpf_map_update_elem(&weft_flows_from, &back, &f->dst, BPF_ANY);
+		if (vip)
+			bpf_map_delete_elem(&weft_flows_from, &back);
+	}
+	vip = bpf_map_lookup_elem(&weft_brief_from, &back);
+	return (vip && *vip == f->dst) || !bpf_map_update_elem(&weft_brief_from, &back, &f->dst, BPF_ANY);
 }
 
 /* unmask lets the answers of what goes to a task's own address come from there: the client
@@ -255,13 +268,11 @@ static __always_inline void unmask(const struct flow *f)
 	bpf_map_delete_elem(&weft_brief_from, &back);
 }
 
-/* establish gives a connection its place among those that last. */
+/* establish gives a connection its place among those that last. Of one of a task to itself
+ * each direction is a flow to the virtual address. */
 static __always_inline int establish(const struct flow *f, const struct flow_to *to)
 {
-	struct flow back = {};
-
-	answer_of(&back, f, to->ip4);
-	return !bpf_map_update_elem(&weft_flows_to, f, to, BPF_ANY) && !bpf_map_update_elem(&weft_flows_from, &back, &f->dst, BPF_ANY);
+	return !bpf_map_update_elem(&weft_flows_to, f, to, BPF_ANY) && expect(f, to, 1);
 }
 
 /* close notes that a side closes a connection. When both have, or one resets it, its place
@@ -273,12 +284,16 @@ static __always_inline void close(const struct flow *f, struct flow_to *known, _
 
 	if (!(flags & (TCP_FIN | TCP_RST)))
 		return;
-	known->closed |= flags & TCP_RST ? CLOSED_CLIENT | CLOSED_TASK : side;
+	if ((flags & TCP_RST) || known->ip4 == f->src)
+		side = CLOSED_CLIENT | CLOSED_TASK;
+	known->closed |= side;
 	to = *known;
 	if (to.closed != (CLOSED_CLIENT | CLOSED_TASK))
 		return;
 	answer_of(&back, f, to.ip4);
-	if (bpf_map_update_elem(&weft_brief_to, f, &to, BPF_ANY) || bpf_map_update_elem(&weft_brief_from, &back, &f->dst, BPF_ANY))
+	if (bpf_map_update_elem(&weft_brief_to, f, &to, BPF_ANY))
+		return;
+	if (to.ip4 != f->src && bpf_map_update_elem(&weft_brief_from, &back, &f->dst, BPF_ANY))
 		return;
 	bpf_map_delete_elem(&weft_flows_to, f);
 	bpf_map_delete_elem(&weft_flows_from, &back);
@@ -316,8 +331,7 @@ static __always_inline int task_of(struct __sk_buff *skb, const struct flow *f, 
 	if (flags & TCP_SYN)
 		known->closed = 0;
 	*to = *known;
-	/* Who asks itself has its answers among the brief flows too. */
-	if ((flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK && !to->closed && to->ip4 != f->src && establish(f, to))
+	if ((flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) == TCP_ACK && !to->closed && establish(f, to))
 		return 1;
 	expect(f, to, 0);
 	return 1;
