@@ -33,8 +33,8 @@ demo-encrypted: ## three Docker hosts, one behind a NAT, an encrypted network, a
 test: ## every test, on real dockerds
 	tests/run.sh test
 
-soak: ## the full numbers of the scorecard; takes hours
-	tests/run.sh soak
+soak: ## the full numbers of the scorecard; takes hours (RUN=TestSwarm: of that test alone)
+	tests/run.sh soak $(if $(RUN),'$(RUN)')
 
 bench: ## speed against Docker's own networks, as ratios
 	tests/run.sh bench
