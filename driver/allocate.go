@@ -80,6 +80,13 @@ func (d *Driver) noteRefusal(id store.NetworkID, here bool, err error) {
 }
 
 func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest) (map[string]string, error) {
+	if a, ok := formerAnswer(r); ok {
+		err := checkID("NetworkID", r.NetworkID)
+		if err == nil {
+			err = d.DB.Update(ctx, func(tx *store.Tx) error { return d.keep(tx, a) })
+		}
+		return maps.Clone(r.Options), err
+	}
 	n, err := parseNetwork(network.CreateNetworkRequest{NetworkID: r.NetworkID, Options: map[string]any{keyGeneric: anyValues(r.Options)},
 		IPv4Data: pointers(r.IPv4Data), IPv6Data: pointers(r.IPv6Data)})
 	if err != nil {
@@ -101,8 +108,7 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 		if a, err = d.decide(tx, n, foreign); err != nil {
 			return err
 		}
-		a.Term = d.term()
-		return errors.Join(d.replaces(tx, a), tx.PutAllocation(a))
+		return d.keep(tx, a)
 	})
 	if err != nil {
 		return nil, err
@@ -118,33 +124,69 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 	return out, nil
 }
 
+// formerAnswer returns the allocation of options that hold what AllocateNetwork once
+// answered. Swarm has committed them, so they count for more than what this host noted,
+// and are not checked again: a leader of another version, or with a smaller underlay, only
+// hands them on, and a host that cannot have the network refuses it itself. What this
+// version cannot read of them is left out. A vni and a key under other names are the
+// user's, and are checked.
+func formerAnswer(r network.AllocateNetworkRequest) (store.Allocation, bool) {
+	vni, err := strconv.ParseUint(r.Options[OptVNI], 10, 32)
+	key, err2 := hex.DecodeString(r.Options[OptKey])
+	if err != nil || err2 != nil || vni < 1 || vni > uint64(store.MaxVNI) || len(key) != keyBytes ||
+		r.Options[OptVNI] != strconv.FormatUint(vni, 10) || r.Options[OptKey] != hex.EncodeToString(key) {
+		return store.Allocation{}, false
+	}
+	a := store.Allocation{ID: store.NetworkID(r.NetworkID), VNI: store.VNI(vni), Key: key, Given: given(r.Options)}
+	var n store.Network
+	for _, d := range slices.Concat(r.IPv4Data, r.IPv6Data) {
+		if p, err := netip.ParsePrefix(d.Pool); err == nil {
+			n.Subnets = append(n.Subnets, store.Subnet{Pool: p.Masked()})
+		}
+	}
+	a.Prefixes = n.Shared().Prefixes
+	for _, text := range strings.Split(r.Options[optMeet], ",") {
+		if addr, err := netip.ParseAddr(text); err == nil {
+			a.Meet = append(a.Meet, addr)
+		}
+	}
+	return a, true
+}
+
+// given returns the options without those that AllocateNetwork adds.
+func given(options map[string]string) map[string]string {
+	out := maps.Clone(options)
+	delete(out, OptVNI)
+	delete(out, OptKey)
+	delete(out, optMeet)
+	return out
+}
+
+// keep records an allocation as one of this term.
+func (d *Driver) keep(tx *store.Tx, a store.Allocation) error {
+	old, err := tx.Allocation(a.ID)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	if a.Term = d.term(); err == nil && old.Term != a.Term {
+		d.repeated.Store(a.Term)
+	}
+	return errors.Join(d.replaces(tx, a), tx.PutAllocation(a))
+}
+
 // decide returns the allocation that stands or that n asks for.
 func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.Allocation, error) {
-	given := maps.Clone(n.Options)
-	delete(given, OptVNI)
-	delete(given, OptKey)
-	delete(given, optMeet)
-	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given, Meet: n.Meet}
+	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given(n.Options), Meet: n.Meet}
 	old, err := tx.Allocation(n.ID)
 	if err == nil {
-		if old.Term != d.term() {
-			d.repeated.Store(d.term())
-		}
-		switch {
-		case !slices.Equal(old.Prefixes, a.Prefixes), !maps.Equal(old.Given, given), a.VNI != 0 && a.VNI != old.VNI:
+		if !slices.Equal(old.Prefixes, a.Prefixes) || !maps.Equal(old.Given, a.Given) || a.VNI != 0 && a.VNI != old.VNI {
 			return a, fmt.Errorf("network %s is allocated with vni %d, subnets %v and options %v, not with vni %d, %v and %v; remove it first",
-				n.ID, old.VNI, old.Prefixes, Shown(old.Given), a.VNI, a.Prefixes, Shown(given))
-		case len(n.Key) > 0:
-			// The other managers and the hosts have that of the options.
-			old.Key = n.Key
+				n.ID, old.VNI, old.Prefixes, Shown(old.Given), a.VNI, a.Prefixes, Shown(a.Given))
 		}
 		return old, nil
 	}
 	if !errors.Is(err, store.ErrNotFound) {
 		return a, err
-	}
-	if answered(n) {
-		return a, nil // another leader's answer
 	}
 	if self := d.DB.Self().Address; len(a.Meet) == 0 && self.IsValid() {
 		a.Meet = []netip.Addr{self}
@@ -174,12 +216,6 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 		}
 	}
 	return a, errors.New("no free vni was found; give one with -o vni")
-}
-
-// answered reports whether the options hold what AllocateNetwork once answered. A vni
-// and a key under other names are the user's, and are checked.
-func answered(n store.Network) bool {
-	return n.VNI != 0 && n.Options[OptVNI] == strconv.Itoa(int(n.VNI)) && len(n.Key) > 0 && n.Options[OptKey] == hex.EncodeToString(n.Key)
 }
 
 // oneFamily refuses IPv6. Swarm's leader gives a task one address of a network, from

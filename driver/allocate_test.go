@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -65,6 +66,89 @@ func TestAllocationIsRepeated(t *testing.T) {
 	if again := mustAllocate(t, d, allocation(swarmNet, "10.91.0.0/24", nil)); again[OptKey] == first[OptKey] {
 		t.Error("a new network has the key of the one that was freed")
 	}
+}
+
+// A leader hands on what another one answered, also what it cannot do or read itself:
+// the network lives. A host that cannot have it refuses it.
+func TestAllocationOfAnotherLeaderIsHandedOn(t *testing.T) {
+	d, _ := newDriver(t)
+	d.Fits = func(n store.Network) error {
+		if n.MTU > 1450 {
+			return errors.New("mtu does not fit")
+		}
+		return nil
+	}
+	for name, user := range map[string]map[string]string{
+		"an option of a newer version": {"newer": "yes"}, "an mtu too large here": {"mtu": "8950"},
+		"a value of a newer version": {"mode": "newest"}, "hosts to meet in another form": {optMeet: "host.example"}} {
+		r := allocation("net", "10.90.0.0/24", user)
+		if answer, err := d.AllocateNetwork(t.Context(), r); err == nil {
+			t.Errorf("%s: a new network is allocated: %v", name, answer)
+		}
+		answer := maps.Clone(user)
+		answer[OptVNI], answer[OptKey] = "5000", strings.Repeat("ab", keyBytes)
+		r.Options = answer
+		if again := mustAllocate(t, d, r); !maps.Equal(again, answer) {
+			t.Errorf("%s: answered %v, then %v", name, answer, again)
+		}
+		create := network.CreateNetworkRequest{NetworkID: swarmNet, Options: map[string]any{keyGeneric: anyValues(answer)}, IPv4Data: []*network.IPAMData{{Pool: "10.90.0.0/24"}}}
+		if _, err := d.CreateNetwork(t.Context(), create); err == nil {
+			t.Errorf("%s: made on a host", name)
+		}
+		// It counts like one of this leader's own.
+		if _, err := d.AllocateNetwork(t.Context(), allocation("another", "10.90.0.0/25", nil)); err == nil {
+			t.Errorf("%s: its subnet is given to another network", name)
+		}
+	}
+	r := allocation("../net", "10.90.0.0/24", map[string]string{OptVNI: "5000", OptKey: strings.Repeat("ab", keyBytes)})
+	if answer, err := d.AllocateNetwork(t.Context(), r); err == nil {
+		t.Errorf("no id, and allocated: %v", answer)
+	}
+}
+
+// A leader that died before Swarm had committed its answer leads again: what the other
+// one answered meanwhile is what the hosts have.
+func TestAllocationThatSwarmCommittedWins(t *testing.T) {
+	d, _ := newDriver(t)
+	d.DB.SetAddress(netip.MustParseAddr("192.0.2.1"), 1500)
+	lost := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1400"}))
+	other, _ := newDriver(t)
+	other.DB.SetAddress(netip.MustParseAddr("192.0.2.2"), 1500)
+	addRemote(t, other, "beta", deriveVNI(swarmNet, 0), "10.99.0.0/24", "10.99.0.7", store.MAC{2, 0, 0, 0, 0, 1})
+	committed := mustAllocate(t, other, allocation(swarmNet, "10.90.0.0/24", map[string]string{"mtu": "1400"}))
+	for _, option := range []string{OptVNI, OptKey, optMeet} {
+		if committed[option] == lost[option] {
+			t.Fatalf("both leaders answer %s=%s", option, lost[option])
+		}
+	}
+	if again := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", committed)); !maps.Equal(again, committed) {
+		t.Errorf("answers %v, not what was committed, %v", again, committed)
+	}
+	// A free vni is one of those that count.
+	if answer, err := d.AllocateNetwork(t.Context(), allocation("another", "10.91.0.0/24", map[string]string{"vni": committed[OptVNI]})); err == nil {
+		t.Errorf("the network's vni is given to another: %v", answer)
+	}
+	mustAllocate(t, d, allocation("another", "10.91.0.0/24", map[string]string{"vni": lost[OptVNI]}))
+}
+
+// Other hosts to meet are no other network: a leader may have given those of its own.
+func TestNetworkOfOtherHostsToMeetIsTheSame(t *testing.T) {
+	d, _ := newDriver(t)
+	answer := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", nil))
+	for _, meet := range []string{"192.0.2.1", "192.0.2.2"} {
+		answer[optMeet] = meet
+		create := network.CreateNetworkRequest{NetworkID: swarmNet, Options: map[string]any{keyGeneric: anyValues(answer)}, IPv4Data: []*network.IPAMData{{Pool: "10.90.0.0/24"}}}
+		if _, err := d.CreateNetwork(t.Context(), create); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = d.DB.View(func(tx *store.Tx) error {
+		nodes, err := tx.Nodes()
+		if n, err2 := tx.Network(swarmNet); err != nil || err2 != nil || len(nodes) != 2 || n.Options[optMeet] != "192.0.2.2" {
+			t.Errorf("nodes to meet: %v, network %+v (%v, %v)", nodes, n, err, err2)
+		}
+		return nil
+	})
 }
 
 // The answer stands beside the user's own options, in Weft's spelling.

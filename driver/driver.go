@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -198,11 +199,10 @@ func (d *Driver) addNetwork(ctx context.Context, n *store.Network) (made bool, e
 				return fmt.Errorf("network %s exists with subnets %v and options %v, not %v and %v; remove it first",
 					n.ID, old.Prefixes(), Shown(old.Options), n.Prefixes(), Shown(n.Options))
 			}
-			if old.Term == n.Term {
+			if old.Term == n.Term && maps.Equal(old.Options, n.Options) {
 				return nil
 			}
-			old.Term = n.Term
-			return tx.PutNetwork(old)
+			return put(tx)
 		}
 		if !errors.Is(err, store.ErrNotFound) {
 			return err
@@ -226,9 +226,13 @@ func completes(old, n store.Network) bool {
 		old.VNI == n.VNI && old.Mode == n.Mode && old.Encrypted == n.Encrypted && old.Internal == n.Internal && old.OwnGateway() == n.OwnGateway()
 }
 
-// normal removes what is no difference: nothing and an empty map, and when Docker asked.
+// normal removes what is no difference: nothing and an empty map, when Docker asked, and
+// whom to meet, which a leader of Swarm adds to a network that lives.
 func normal(n store.Network) store.Network {
-	n.Term = 0
+	n.Term, n.Meet = 0, nil
+	n.Options = maps.Clone(n.Options)
+	delete(n.Options, "meet")
+	delete(n.Options, optMeet)
 	if len(n.Options) == 0 {
 		n.Options = nil
 	}
