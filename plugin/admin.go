@@ -202,6 +202,13 @@ func (s *services) networks() ([]networkReply, error) {
 			if r.Twice, err = twice(tx, n, eps); err != nil {
 				return err
 			}
+			services, err := tx.Services(n)
+			if err != nil {
+				return err
+			}
+			for _, s := range services {
+				r.Services = append(r.Services, s.Name)
+			}
 			out = append(out, r)
 		}
 		return nil

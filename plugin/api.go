@@ -25,6 +25,7 @@ type statusReply struct {
 	IPTables  string        `json:"iptables,omitempty"`  // backend in use
 	Program   string        `json:"program,omitempty"`   // "on", or why the port program is off
 	Answered  []netip.Addr  `json:"answered,omitempty"`  // virtual addresses of services of which hosts are told
+	Lent      bool          `json:"lent,omitempty"`      // the plugin may ask Docker
 	UserRules int           `json:"userRules,omitempty"` // in DOCKER-USER
 	Scope     string        `json:"scope"`
 	Swarm     swarmReply    `json:"swarm,omitzero"`
@@ -91,6 +92,7 @@ type networkReply struct {
 	Disagree     []string                `json:"disagree,omitempty"` // hosts that run the VNI with other subnets
 	Alike        []string                `json:"alike,omitempty"`    // networks of hosts with the same subnets and another VNI
 	Twice        []string                `json:"twice,omitempty"`    // addresses that an endpoint here and one elsewhere have
+	Services     []string                `json:"services,omitempty"` // of Swarm, with a virtual address
 	Status       dataplane.NetworkStatus `json:"status"`
 }
 

@@ -32,7 +32,7 @@ func (p *process) status() (statusReply, error) {
 		return s, nil
 	}
 	s.Host, s.IPTables, s.Rebuilt = svc.db.Self(), svc.kernel.Backend(), svc.rebuilt
-	s.Program, s.UserRules = programState(p.program), svc.kernel.UserRules()
+	s.Program, s.Lent, s.UserRules = programState(p.program), lent(), svc.kernel.UserRules()
 	u := svc.loop.Underlay()
 	s.Underlay = underlayReply{Address: u.Address, Link: u.Link, MTU: u.MTU}
 	if u.NoChecksum {
@@ -215,6 +215,15 @@ func problems(v view) []problem {
 		if len(n.Alike) > 0 && len(n.Peers) == 0 {
 			out = append(out, problem{Advice: true, Text: fmt.Sprintf("network %d has the same subnets as %s: they are not connected", n.VNI, strings.Join(n.Alike, ", ")),
 				Remedy: "if they are meant to be one, remove one of them and create it again with the other's number: -o vni=NUMBER"})
+		}
+	}
+	for _, n := range v.networks {
+		if len(n.Services) > 0 && n.Endpoints > 0 && (v.status.Program != "on" || n.SlowPath) {
+			why := "the port program is " + v.status.Program
+			if n.SlowPath {
+				why = "the network has fastpath=false"
+			}
+			add("docker service update --endpoint-mode dnsrr for each of them; tasks.NAME resolves to the tasks as it is", "network %d: this host's containers get no answer from virtual addresses of services (%s): %s", n.VNI, some(n.Services), why)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(v.refused)) {

@@ -78,6 +78,13 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"same subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4098}, Alike: []string{"network 4097 on host beta"}}}
 		}, "network 4098 has the same subnets as network 4097 on host beta: they are not connected", true},
+		{"services, and no program", func(v *view) {
+			v.status.Program = "off: " + switchedOff
+			v.networks = []networkReply{{Network: store.Network{VNI: 4098}, Endpoints: 1, Services: []string{"web", "db"}}, {Endpoints: 1}, {Services: []string{"elsewhere"}}}
+		}, "network 4098: this host's containers get no answer from virtual addresses of services (web, db): the port program is off: switched off by WEFT_PROGRAM=off", false},
+		{"services, and no fast path", func(v *view) {
+			v.networks = []networkReply{{Network: store.Network{VNI: 4098, SlowPath: true}, Endpoints: 1, Services: []string{"web"}}, {Endpoints: 1, Services: []string{"db"}}}
+		}, "virtual addresses of services (web): the network has fastpath=false", false},
 		{"refused", func(v *view) {
 			v.refused = map[store.NetworkID]driver.Refusal{"uevk9dbp5kwsf7p8jnic6u85c": {Reason: "option vni: 0"}}
 		},

@@ -28,7 +28,7 @@ const (
 // the Swarm, which tasks answer for the virtual addresses of services, and logs which of
 // those nobody answers. It asks between calls, never in one.
 func (p *process) watchServices(ctx context.Context) error {
-	if st, err := os.Stat(lentSocket); err != nil || st.Mode()&os.ModeSocket == 0 {
+	if !lent() {
 		return nil
 	}
 	docker := &dockerClient{socket: lentSocket}
@@ -57,6 +57,12 @@ func (p *process) watchServices(ctx context.Context) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// lent reports whether the plugin may ask Docker.
+func lent() bool {
+	st, err := os.Stat(lentSocket)
+	return err == nil && st.Mode()&os.ModeSocket != 0
 }
 
 // swarmServices is what one look at a Swarm's services finds.

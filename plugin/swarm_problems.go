@@ -26,7 +26,7 @@ func (v swarmView) problems() []problem {
 			out = append(out, p)
 		}
 	}
-	return slices.Concat(out, v.unallocated(), v.hosts(), v.differences(), v.virtual())
+	return slices.Concat(out, v.unallocated(), v.hosts(), v.differences(), v.virtual(), v.unlent())
 }
 
 // setScope is what to type for another scope.
@@ -227,6 +227,21 @@ func (v swarmView) virtual() (out []problem) {
 		out = append(out, problem{Text: fmt.Sprintf("%d more services have a virtual address that nobody answers", more)})
 	}
 	return out
+}
+
+// unlent tells of a manager whose plugin may not ask Docker. While it leads, nobody tells
+// the hosts of services; what an earlier leader has told stands, and grows old.
+func (v swarmView) unlent() []problem {
+	allocated := slices.ContainsFunc(v.networks, func(n dockerNetwork) bool { return n.Options[driver.OptKey] != "" })
+	if v.status.Lent || v.status.Scope != scopeGlobal || !v.info.Swarm.ControlAvailable || !allocated {
+		return nil
+	}
+	p := problem{Advice: true, Text: "this manager's plugin may not ask Docker: while this host leads the Swarm, nobody answers virtual addresses of new services, and the log does not name them",
+		Remedy: fmt.Sprintf("docker plugin disable -f %s && docker plugin set %[1]s docker.source=/var/run/docker.sock && docker plugin enable %[1]s (who can use that socket is root on the host); or use dnsrr for all services", v.plugin)}
+	if v.leader() == v.info.Swarm.NodeID && len(v.status.Answered) > 0 {
+		p.Advice, p.Text = false, "this host leads the Swarm, but its plugin may not ask Docker: hosts answer virtual addresses of services by what an earlier leader told them, and learn of no new task"
+	}
+	return []problem{p}
 }
 
 // virtual says what to type so that a service's name resolves to its tasks. Docker

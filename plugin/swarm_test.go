@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -45,6 +46,7 @@ func recordedSwarm(t *testing.T, engine string) swarmView {
 		t.Fatalf("%d nodes, %d services, %d networks, %d peers are recorded", len(v.nodes), len(v.services), len(v.networks), len(v.peers))
 	}
 	v.sort()
+	v.status.Lent = true
 	// What the recording itself shows is looked at by TestCommands.
 	v.services = nil
 	for i, n := range v.nodes {
@@ -61,6 +63,7 @@ func recordedSwarm(t *testing.T, engine string) swarmView {
 const (
 	toGlobal = "docker plugin disable -f weft:latest && docker plugin set weft:latest WEFT_SCOPE=global && docker plugin enable weft:latest"
 	toLocal  = "docker plugin disable -f weft:latest && docker plugin set weft:latest WEFT_SCOPE=local && docker plugin enable weft:latest"
+	lend     = "docker plugin disable -f weft:latest && docker plugin set weft:latest docker.source=/var/run/docker.sock && docker plugin enable weft:latest (who can use that socket is root on the host); or use dnsrr for all services"
 )
 
 func TestSwarmProblems(t *testing.T) {
@@ -145,6 +148,13 @@ func TestSwarmProblems(t *testing.T) {
 			"note: the plugin's version differs: b has 0.9, this host 1.0", "docker plugin upgrade, one host after the other"}},
 		{"another port behind a NAT, where all is encrypted", func(v *swarmView) { v.peers[0].DataPort, v.peers[0].Way = 4807, "wireguard" }, nil},
 		{"a silent host's settings are old news", func(v *swarmView) { v.peers[0].Alive, v.peers[0].Version = false, "0.9" }, nil},
+		{"a manager that may not ask Docker", func(v *swarmView) { v.status.Lent = false },
+			[]string{"note: this manager's plugin may not ask Docker: while this host leads the Swarm, nobody answers virtual addresses of new services, and the log does not name them", lend}},
+		{"the leader may not ask Docker, an earlier one might", func(v *swarmView) {
+			v.status.Lent, v.status.Answered = false, []netip.Addr{netip.MustParseAddr("10.90.0.9")}
+		}, []string{"! this host leads the Swarm, but its plugin may not ask Docker: hosts answer virtual addresses of services by what an earlier leader told them, and learn of no new task", lend}},
+		{"a worker need not ask Docker", func(v *swarmView) { v.status.Lent, v.info.Swarm.ControlAvailable, v.nodes = false, false, nil }, nil},
+		{"no network of Swarm, and Docker may not be asked", func(v *swarmView) { v.status.Lent, v.networks = false, nil }, nil},
 		{"a version that does not tell its scope", func(v *swarmView) { v.peers[0].Scope = "" }, nil},
 	} {
 		for _, engine := range []string{"debian", "newest"} {
