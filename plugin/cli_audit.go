@@ -106,6 +106,15 @@ func auditOnce(ctx context.Context, c *cli, docker bool) (auditReply, map[store.
 			return found, nil, err
 		}
 	}
+	if swarm.leader {
+		peers, err := ask[[]peerReply](ctx, &c.admin, "/v1/peers")
+		if err != nil {
+			return found, nil, err
+		}
+		if swarm.heard(plugin, peers) {
+			swarm.attached = attached(nets, eps)
+		}
+	}
 	found.Differences = append(found.Differences, compareLeases(plugin, theirs, pools, swarm)...)
 	return found, names, nil
 }
@@ -184,7 +193,32 @@ type owner struct {
 	net  store.NetworkID
 	used map[netip.Addr]string // by whom
 	// more: others may use it of whom Docker does not tell.
-	more bool
+	more     bool
+	attached map[netip.Addr]bool // by endpoints of all hosts; nil when not all are known
+}
+
+// leakedAfter: an address of an attachable network that no endpoint has is leaked when it
+// was taken so long ago. Docker makes the endpoint of a container within seconds.
+const leakedAfter = 15 * time.Minute
+
+// leaked reports whether nobody has an address that is in no service or task.
+func (o *owner) leaked(l store.Lease) bool {
+	return !o.more || o.attached != nil && !o.attached[l.Address] && time.Since(l.Taken) > leakedAfter
+}
+
+// attached returns the addresses of all hosts' endpoints on the networks that this host
+// runs: of others it knows none.
+func attached(nets []networkReply, eps []endpointReply) map[store.NetworkID]map[netip.Addr]bool {
+	out := map[store.NetworkID]map[netip.Addr]bool{}
+	for _, n := range nets {
+		out[n.ID] = map[netip.Addr]bool{}
+	}
+	for _, e := range eps {
+		if out[e.Network] != nil {
+			out[e.Network][e.IPv4] = true
+		}
+	}
+	return out
 }
 
 type owners map[netip.Prefix]*owner
@@ -247,6 +281,9 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply, swa
 			leaders.take(t, swarm.used[store.NetworkID(t.ID)], t.Attachable)
 		}
 	}
+	for _, o := range leaders {
+		o.attached = swarm.attached[o.net]
+	}
 	for _, p := range pools {
 		owned := here
 		if p.Space == ipam.GlobalSpace && swarm.active {
@@ -269,9 +306,14 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply, swa
 				continue
 			}
 			leased[l.Address] = true
-			if l.Kind != "gateway" && o.used[l.Address] == "" && !o.more {
-				add(o.net, "address %s is leased (%s, since %s), but nothing in Docker has it", l.Address, l.Kind, clock(l.Taken))
+			if l.Kind == "gateway" || o.used[l.Address] != "" || !o.leaked(l) {
+				continue
 			}
+			remedy := ""
+			if p.Space == ipam.GlobalSpace && swarm.active {
+				remedy = "; restart dockerd here to have it back"
+			}
+			add(o.net, "address %s is leased (%s, since %s), but nothing in Docker has it%s", l.Address, l.Kind, clock(l.Taken), remedy)
 		}
 		for a, who := range o.used {
 			if !leased[a] {

@@ -177,6 +177,29 @@ type swarmUse struct {
 	leader bool // this host is; the leader alone hands out addresses
 	// used are the addresses of services and tasks, on whatever host.
 	used map[store.NetworkID]map[netip.Addr]string
+	// attached are those of all hosts' endpoints, on the networks that the leader runs; nil
+	// when a host is not heard.
+	attached map[store.NetworkID]map[netip.Addr]bool
+	nodes    []dockerNode
+}
+
+// heard reports whether all hosts of the Swarm that may have endpoints tell of them.
+func (u swarmUse) heard(plugin string, peers []peerReply) bool {
+	for _, p := range peers {
+		if !p.Alive || !p.InSync || p.LastErr != "" {
+			return false
+		}
+	}
+	v := swarmView{peers: peers}
+	return !slices.ContainsFunc(u.nodes, func(n dockerNode) bool {
+		return n.has(plugin) && !n.ManagerStatus.Leader && !v.heard(n) // the leader is this host
+	})
+}
+
+// has reports whether Swarm ever saw the plugin on the host: Docker goes on to name one
+// that was disabled.
+func (n dockerNode) has(plugin string) bool {
+	return slices.ContainsFunc(n.Description.Engine.Plugins, func(p struct{ Type, Name string }) bool { return p.Name == plugin })
 }
 
 // swarmUse asks for the addresses that Swarm's leader has taken.
@@ -193,6 +216,7 @@ func (d *dockerClient) swarmUse(ctx context.Context) (swarmUse, error) {
 	if err := d.get(ctx, "/nodes", &v.nodes); err != nil {
 		return u, err
 	}
+	u.nodes = v.nodes
 	if u.leader = v.leader() == v.info.Swarm.NodeID; !u.leader {
 		return u, nil
 	}

@@ -103,7 +103,9 @@ func (s *swarm) virtualAddresses(t *testing.T) {
 	}
 	here := []string{"no answer from virtual addresses of services (web): the port program is off", "no answer from virtual addresses of services (shop): the port program is off"}
 	says(t, a, append([]string{"service web: nobody answers its virtual address, 10.60.", "service shop: nobody answers its virtual address, 10.61."}, here...))
-	says(t, s.lab.Hosts[2], here) // a worker
+	demote(t, a, s.lab.Hosts[2])
+	says(t, s.lab.Hosts[2], here) // a worker does not know services
+	promote(t, a, s.lab.Hosts[2])
 	eventually(t, 90*time.Second, "the log tells of the services and what to type", func(context.Context) error {
 		raw, err := os.ReadFile(a.LogFile())
 		for _, part := range []string{"service web: nobody answers its virtual address, 10.60.", "service shop: nobody answers its virtual address, 10.61.", "docker service update --endpoint-mode dnsrr"} {

@@ -253,6 +253,16 @@ func demote(t *testing.T, leader, h *hosts.Host) {
 	})
 }
 
+// promote makes a worker a manager.
+func promote(t *testing.T, leader, h *hosts.Host) {
+	t.Helper()
+	docker(t, leader, "node", "promote", h.Name)
+	eventually(t, 30*time.Second, "host "+h.Name+" is a manager", func(ctx context.Context) error {
+		_, err := h.Nodes(ctx)
+		return err
+	})
+}
+
 // named waits until a container reaches another by its name. Names are Docker's: its
 // own gossip looks once a minute for hosts that it lost.
 func named(t *testing.T, from hosts.Container, name string) {
@@ -267,11 +277,7 @@ func (s *swarm) worker(t *testing.T) {
 	demote(t, leader, h)
 	s.comesBack(t, "worker", 45, leader, h, "killed")
 	s.rejoins(t, leader, h)
-	docker(t, leader, "node", "promote", h.Name)
-	eventually(t, 30*time.Second, "host "+h.Name+" is a manager", func(ctx context.Context) error {
-		_, err := h.Nodes(ctx)
-		return err
-	})
+	promote(t, leader, h)
 }
 
 // rejoins takes a worker out of the Swarm and in again.
