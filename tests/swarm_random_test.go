@@ -17,12 +17,24 @@ import (
 // same things.
 func TestSwarmRandom(t *testing.T) {
 	t.Parallel()
-	long, seed := 20*time.Second, uint64(3)
-	if soak() {
-		long = 10 * time.Minute
+	for name, engine := range engines(t) {
+		if name != "newest" && !soak() {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			randomly(t, engine)
+		})
 	}
-	s := newSwarm(t, engines(t)["newest"], false, "WEFT_SCOPE=global")
-	r := &random{swarm: s, rand: rand.New(rand.NewPCG(seed, seed)), services: map[string]int{}}
+}
+
+func randomly(t *testing.T, engine hosts.Engine) {
+	long, most, seed := 20*time.Second, 8, uint64(3)
+	if soak() {
+		long, most = 10*time.Minute, 30
+	}
+	s := newSwarm(t, engine, false, "WEFT_SCOPE=global")
+	r := &random{swarm: s, rand: rand.New(rand.NewPCG(seed, seed)), most: most, services: map[string]int{}}
 	defer func() { t.Logf("it did: %s", strings.Join(r.did, ", ")) }()
 	for end := time.Now().Add(long); time.Now().Before(end); {
 		r.step(t)
@@ -36,7 +48,7 @@ func TestSwarmRandom(t *testing.T) {
 	}
 	s.settled(t)
 	duplicates := s.duplicates(t, s.lab.Hosts...)
-	figure(t, "swarm: random operations for "+long.String(), len(r.did), "seed %d: %d networks and %d services at the end; differences on 3 hosts 0, duplicate addresses %d (target 0)",
+	figure(t, "swarm: random operations for "+long.String()+" on "+s.name, len(r.did), "seed %d: %d networks and %d services at the end; differences on 3 hosts 0, duplicate addresses %d (target 0)",
 		seed, len(r.networks), len(r.services), duplicates)
 	for name := range r.services {
 		r.docker(t, leader, "service", "rm", name)
@@ -62,6 +74,41 @@ type random struct {
 	networks []string
 	services map[string]int // tasks
 	did      []string
+	most     int      // seconds that trouble lasts at least, at most
+	out      *trouble // of a host that is cut off or without dockerd
+	drained  *trouble
+}
+
+// trouble lasts over other operations. Two of three hosts go on.
+type trouble struct {
+	host  *hosts.Host
+	steps int       // how many operations,
+	until time.Time // and at least until then
+	end   func(*testing.T)
+}
+
+func (r *random) lasting(h *hosts.Host, end func(*testing.T)) *trouble {
+	return &trouble{host: h, steps: 1 + r.rand.IntN(5), until: time.Now().Add(time.Duration(2+r.rand.IntN(r.most-1)) * time.Second), end: end}
+}
+
+// goesOn returns the trouble that is left after another operation. What is done depends
+// on how many there were, not on the time.
+func (r *random) goesOn(t *testing.T, now *trouble) *trouble {
+	t.Helper()
+	if now == nil {
+		return nil
+	}
+	if now.steps--; now.steps > 0 {
+		return now
+	}
+	pause(t, time.Until(now.until))
+	now.end(t)
+	return nil
+}
+
+// up returns the hosts that can be asked.
+func (r *random) up() []*hosts.Host {
+	return slices.DeleteFunc(slices.Clone(r.lab.Hosts), func(h *hosts.Host) bool { return r.out != nil && h == r.out.host })
 }
 
 func (r *random) networkOf(service string) string { return strings.Split(service, "-")[0] }
@@ -88,7 +135,10 @@ func (r *random) docker(t *testing.T, h *hosts.Host, args ...string) {
 
 // step does one thing. Swarm is not given the time to finish it.
 func (r *random) step(t *testing.T) {
-	host := r.lab.Hosts[r.rand.IntN(3)]
+	r.out = r.goesOn(t, r.out)
+	r.drained = r.goesOn(t, r.drained)
+	up := r.up()
+	host := up[r.rand.IntN(len(up))]
 	names := r.names()
 	what := r.rand.IntN(10)
 	switch {
@@ -105,7 +155,11 @@ func (r *random) step(t *testing.T) {
 	case what <= 2 && len(names) < 5 || len(names) == 0:
 		r.made++
 		name, n := fmt.Sprintf("%s-%d", r.networks[r.rand.IntN(len(r.networks))], r.made), 1+r.rand.IntN(4)
-		r.leader(t, nil) // without one it is refused
+		var out *hosts.Host
+		if r.out != nil {
+			out = r.out.host
+		}
+		r.leader(t, out) // without one it is refused
 		r.createService(t, host, name, "--replicas", fmt.Sprint(n), "--network", r.networkOf(name))
 		r.services[name] = n
 		r.did = append(r.did, fmt.Sprintf("create %s of %d on %s", name, n, host.Name))
@@ -132,54 +186,54 @@ func (r *random) step(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.did = append(r.did, "kill the plugin on "+host.Name)
-	case what == 8:
-		r.docker(t, host, "node", "update", "--availability", "drain", r.lab.Hosts[r.rand.IntN(3)].Name)
-		r.active(t, host)
-		r.did = append(r.did, "drain")
-	default:
+	case what == 8 && r.drained == nil:
+		h := r.lab.Hosts[r.rand.IntN(3)]
+		r.did = append(r.did, "drain "+h.Name)
+		r.docker(t, host, "node", "update", "--availability", "drain", h.Name)
+		r.drained = r.lasting(h, func(t *testing.T) {
+			r.did = append(r.did, "fill "+h.Name)
+			r.docker(t, r.up()[0], "node", "update", "--availability", "active", h.Name)
+		})
+	case what == 9 && r.out == nil:
 		r.outage(t, host)
 	}
 }
 
-// outage kills the host's dockerd or takes it off the cable, and undoes that once
-// the others have a leader. Two of three go on.
+// outage kills the host's dockerd or takes it off the cable for a while.
 func (r *random) outage(t *testing.T, h *hosts.Host) {
 	t.Helper()
+	what, begin, end := "kill dockerd on ", h.KillDockerd, h.StartDockerd
 	if r.rand.IntN(2) == 0 {
-		r.did = append(r.did, "kill dockerd on "+h.Name)
-		if err := h.KillDockerd(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		r.leader(t, h)
-		if err := h.StartDockerd(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-	} else {
-		r.did = append(r.did, "cut off "+h.Name)
-		if err := r.lab.Underlay.Cut(t.Context(), h); err != nil {
-			t.Fatal(err)
-		}
-		r.leader(t, h)
-		if err := r.lab.Underlay.Heal(t.Context(), h); err != nil {
-			t.Fatal(err)
-		}
+		what = "cut off "
+		begin = func(ctx context.Context) error { return r.lab.Underlay.Cut(ctx, h) }
+		end = func(ctx context.Context) error { return r.lab.Underlay.Heal(ctx, h) }
 	}
-	eventually(t, 90*time.Second, "host "+h.Name+" is a manager again", func(ctx context.Context) error {
-		_, err := h.Nodes(ctx)
-		return err
+	r.did = append(r.did, what+h.Name)
+	if err := begin(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.out = r.lasting(h, func(t *testing.T) {
+		t.Helper()
+		r.did = append(r.did, h.Name+" comes back")
+		if err := end(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 90*time.Second, "host "+h.Name+" is a manager again", func(ctx context.Context) error {
+			_, err := h.Nodes(ctx)
+			return err
+		})
 	})
+	r.leader(t, h)
 }
 
-func (r *random) active(t *testing.T, asked *hosts.Host) {
-	t.Helper()
-	for _, h := range r.lab.Hosts {
-		r.docker(t, asked, "node", "update", "--availability", "active", h.Name)
-	}
-}
-
-// recover waits until all hosts are members that take tasks.
+// recover ends all trouble, and waits until all hosts are members that take tasks.
 func (r *random) recover(t *testing.T) {
 	t.Helper()
+	for r.out != nil {
+		r.out = r.goesOn(t, r.out)
+	}
+	for r.drained != nil {
+		r.drained = r.goesOn(t, r.drained)
+	}
 	r.ready(t)
-	r.active(t, r.lab.Hosts[0])
 }
