@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -83,7 +84,16 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 	if a, ok := formerAnswer(r); ok {
 		err := checkID("NetworkID", r.NetworkID)
 		if err == nil {
-			err = d.DB.Update(ctx, func(tx *store.Tx) error { return d.keep(tx, a) })
+			err = d.DB.Update(ctx, func(tx *store.Tx) error {
+				old, err := tx.Allocation(a.ID)
+				if err == nil && bytes.Equal(old.Key, a.Key) { // else it is another leader's
+					err = unaltered(old, a)
+				}
+				if err != nil && !errors.Is(err, store.ErrNotFound) {
+					return err
+				}
+				return d.keep(tx, a)
+			})
 		}
 		return maps.Clone(r.Options), err
 	}
@@ -125,8 +135,8 @@ func (d *Driver) allocate(ctx context.Context, r network.AllocateNetworkRequest)
 }
 
 // formerAnswer returns the allocation of options that hold what AllocateNetwork once
-// answered. Swarm has committed them, so they count for more than what this host noted,
-// and are not checked again: a leader of another version, or with a smaller underlay, only
+// answered. Swarm has committed them, so they count for more than another answer that this
+// host noted, and are not checked again: a leader of another version, or with a smaller underlay, only
 // hands them on, and a host that cannot have the network refuses it itself. What this
 // version cannot read of them is left out. A vni and a key under other names are the
 // user's, and are checked.
@@ -151,6 +161,15 @@ func formerAnswer(r network.AllocateNetworkRequest) (store.Allocation, bool) {
 		}
 	}
 	return a, true
+}
+
+// unaltered refuses to change what is allocated; without a vni none is asked for.
+func unaltered(old, a store.Allocation) error {
+	if slices.Equal(old.Prefixes, a.Prefixes) && maps.Equal(old.Given, a.Given) && (a.VNI == 0 || a.VNI == old.VNI) {
+		return nil
+	}
+	return fmt.Errorf("network %s is allocated with vni %d, subnets %v and options %v, not with vni %d, %v and %v; remove it first",
+		a.ID, old.VNI, old.Prefixes, Shown(old.Given), a.VNI, a.Prefixes, Shown(a.Given))
 }
 
 // given returns the options without those that AllocateNetwork adds.
@@ -179,11 +198,7 @@ func (d *Driver) decide(tx *store.Tx, n store.Network, foreign []VXLAN) (store.A
 	a := store.Allocation{ID: n.ID, VNI: n.VNI, Key: n.Key, Prefixes: n.Shared().Prefixes, Given: given(n.Options), Meet: n.Meet}
 	old, err := tx.Allocation(n.ID)
 	if err == nil {
-		if !slices.Equal(old.Prefixes, a.Prefixes) || !maps.Equal(old.Given, a.Given) || a.VNI != 0 && a.VNI != old.VNI {
-			return a, fmt.Errorf("network %s is allocated with vni %d, subnets %v and options %v, not with vni %d, %v and %v; remove it first",
-				n.ID, old.VNI, old.Prefixes, Shown(old.Given), a.VNI, a.Prefixes, Shown(a.Given))
-		}
-		return old, nil
+		return old, unaltered(old, a)
 	}
 	if !errors.Is(err, store.ErrNotFound) {
 		return a, err

@@ -42,6 +42,16 @@ func TestAllocationIsRepeated(t *testing.T) {
 	if first[OptVNI] != "12639212" || len(first[OptKey]) != 64 {
 		t.Errorf("answered vni %s and a key of %d digits", first[OptVNI], len(first[OptKey]))
 	}
+	for option, value := range map[string]string{"mtu": "1300", OptVNI: "4999", "ifname": "net"} {
+		altered := maps.Clone(first)
+		altered[option] = value
+		if answer, err := d.AllocateNetwork(t.Context(), allocation(swarmNet, "10.90.0.0/24", altered)); err == nil {
+			t.Errorf("the answer with %s=%s is one of this leader: %v", option, value, answer)
+		}
+	}
+	if answer, err := d.AllocateNetwork(t.Context(), allocation(swarmNet, "10.91.0.0/24", first)); err == nil {
+		t.Errorf("it has other subnets now: %v", answer)
+	}
 	for name, options := range map[string]map[string]string{"answer lost": given, "former answer": first} {
 		if again := mustAllocate(t, d, allocation(swarmNet, "10.90.0.0/24", options)); !maps.Equal(again, first) {
 			t.Errorf("%s: answered %v, then %v", name, first, again)
@@ -98,6 +108,9 @@ func TestAllocationOfAnotherLeaderIsHandedOn(t *testing.T) {
 		// It counts like one of this leader's own.
 		if _, err := d.AllocateNetwork(t.Context(), allocation("another", "10.90.0.0/25", nil)); err == nil {
 			t.Errorf("%s: its subnet is given to another network", name)
+		}
+		if _, err := d.FreeNetwork(t.Context(), network.FreeNetworkRequest{NetworkID: "net"}); err != nil {
+			t.Fatal(err)
 		}
 	}
 	r := allocation("../net", "10.90.0.0/24", map[string]string{OptVNI: "5000", OptKey: strings.Repeat("ab", keyBytes)})
