@@ -106,15 +106,6 @@ func auditOnce(ctx context.Context, c *cli, docker bool) (auditReply, map[store.
 			return found, nil, err
 		}
 	}
-	if swarm.leader {
-		peers, err := ask[[]peerReply](ctx, &c.admin, "/v1/peers")
-		if err != nil {
-			return found, nil, err
-		}
-		if swarm.heard(plugin, peers) {
-			swarm.attached = attached(nets, eps)
-		}
-	}
 	found.Differences = append(found.Differences, compareLeases(plugin, theirs, pools, swarm)...)
 	return found, names, nil
 }
@@ -192,39 +183,12 @@ func withoutBits(cidr string) string {
 type owner struct {
 	net  store.NetworkID
 	used map[netip.Addr]string // by whom
-	// more: others may use it of whom Docker does not tell.
-	more     bool
-	attached map[netip.Addr]bool // by endpoints of all hosts; nil when not all are known
-}
-
-// leakedAfter: an address of an attachable network that no endpoint has is leaked when it
-// was taken so long ago. Docker makes the endpoint of a container within seconds.
-const leakedAfter = 15 * time.Minute
-
-// leaked reports whether nobody has an address that is in no service or task.
-func (o *owner) leaked(l store.Lease) bool {
-	return !o.more || o.attached != nil && !o.attached[l.Address] && time.Since(l.Taken) > leakedAfter
-}
-
-// attached returns the addresses of all hosts' endpoints on the networks that this host
-// runs: of others it knows none.
-func attached(nets []networkReply, eps []endpointReply) map[store.NetworkID]map[netip.Addr]bool {
-	out := map[store.NetworkID]map[netip.Addr]bool{}
-	for _, n := range nets {
-		out[n.ID] = map[netip.Addr]bool{}
-	}
-	for _, e := range eps {
-		if out[e.Network] != nil {
-			out[e.Network][e.IPv4] = true
-		}
-	}
-	return out
 }
 
 type owners map[netip.Prefix]*owner
 
 // take notes the network's pools with what is used of them.
-func (all owners) take(t dockerNetwork, used map[netip.Addr]string, more bool) {
+func (all owners) take(t dockerNetwork, used map[netip.Addr]string) {
 	for _, conf := range t.IPAM.Config {
 		p, err := netip.ParsePrefix(conf.Subnet)
 		if err != nil {
@@ -235,7 +199,6 @@ func (all owners) take(t dockerNetwork, used map[netip.Addr]string, more bool) {
 			o = &owner{net: store.NetworkID(t.ID), used: map[netip.Addr]string{}}
 			all[p.Masked()] = o
 		}
-		o.more = o.more || more
 		for name, a := range conf.AuxiliaryAddresses {
 			if addr, err := netip.ParseAddr(withoutBits(a)); err == nil {
 				o.used[addr] = "auxiliary address " + name
@@ -275,14 +238,10 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply, swa
 		if t.IPAM.Driver != plugin {
 			continue
 		}
-		here.take(t, containerAddresses(t), false)
+		here.take(t, containerAddresses(t))
 		if swarm.active && t.Scope == "swarm" {
-			// Docker does not list the containers that were attached on other hosts.
-			leaders.take(t, swarm.used[store.NetworkID(t.ID)], t.Attachable)
+			leaders.take(t, swarm.used[store.NetworkID(t.ID)])
 		}
-	}
-	for _, o := range leaders {
-		o.attached = swarm.attached[o.net]
 	}
 	for _, p := range pools {
 		owned := here
@@ -306,7 +265,7 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply, swa
 				continue
 			}
 			leased[l.Address] = true
-			if l.Kind == "gateway" || o.used[l.Address] != "" || !o.leaked(l) {
+			if l.Kind == "gateway" || o.used[l.Address] != "" {
 				continue
 			}
 			remedy := ""

@@ -30,7 +30,7 @@ type dockerClient struct {
 type (
 	dockerNetwork struct {
 		ID, Name, Driver, Scope string
-		ConfigOnly, Attachable  bool
+		ConfigOnly              bool
 		ConfigFrom              struct{ Network string }
 		Options                 map[string]string
 		IPAM                    struct {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -177,29 +178,6 @@ type swarmUse struct {
 	leader bool // this host is; the leader alone hands out addresses
 	// used are the addresses of services and tasks, on whatever host.
 	used map[store.NetworkID]map[netip.Addr]string
-	// attached are those of all hosts' endpoints, on the networks that the leader runs; nil
-	// when a host is not heard.
-	attached map[store.NetworkID]map[netip.Addr]bool
-	nodes    []dockerNode
-}
-
-// heard reports whether all hosts of the Swarm that may have endpoints tell of them.
-func (u swarmUse) heard(plugin string, peers []peerReply) bool {
-	for _, p := range peers {
-		if !p.Alive || !p.InSync || p.LastErr != "" {
-			return false
-		}
-	}
-	v := swarmView{peers: peers}
-	return !slices.ContainsFunc(u.nodes, func(n dockerNode) bool {
-		return n.has(plugin) && !n.ManagerStatus.Leader && !v.heard(n) // the leader is this host
-	})
-}
-
-// has reports whether Swarm ever saw the plugin on the host: Docker goes on to name one
-// that was disabled.
-func (n dockerNode) has(plugin string) bool {
-	return slices.ContainsFunc(n.Description.Engine.Plugins, func(p struct{ Type, Name string }) bool { return p.Name == plugin })
 }
 
 // swarmUse asks for the addresses that Swarm's leader has taken.
@@ -216,15 +194,18 @@ func (d *dockerClient) swarmUse(ctx context.Context) (swarmUse, error) {
 	if err := d.get(ctx, "/nodes", &v.nodes); err != nil {
 		return u, err
 	}
-	u.nodes = v.nodes
 	if u.leader = v.leader() == v.info.Swarm.NodeID; !u.leader {
 		return u, nil
 	}
 	if err := d.get(ctx, "/services", &v.services); err != nil {
 		return u, err
 	}
-	var tasks []dockerTask
+	var tasks, attached []dockerTask
 	if err := d.get(ctx, "/tasks", &tasks); err != nil {
+		return u, err
+	}
+	// Containers that docker run attached, on whatever host, are listed when asked for.
+	if err := d.get(ctx, "/tasks?filters="+url.QueryEscape(`{"runtime":["attachment"]}`), &attached); err != nil {
 		return u, err
 	}
 	for _, s := range v.services {
@@ -232,7 +213,7 @@ func (d *dockerClient) swarmUse(ctx context.Context) (swarmUse, error) {
 			u.add(ip.NetworkID, ip.Addr, "service "+s.Spec.Name)
 		}
 	}
-	for _, t := range tasks {
+	for _, t := range append(tasks, attached...) {
 		if t.over() {
 			continue
 		}
