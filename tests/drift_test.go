@@ -277,9 +277,10 @@ func (d *drift) program(t *testing.T) {
 		d.repairs(t, "program", "tc qdisc del dev "+link+" clsact")
 	}
 	const keys = `bpftool -j map dump pinned $m | tr '{' '\n' | sed -n 's/^"key":\[\([^]]*\)\].*/\1/p' | tr -d '"'`
-	for _, name := range []string{"ports", "dests", "peers", "services"} {
+	for _, name := range []string{"ports", "dests", "peers", "counters", "services"} {
 		d.repairs(t, "program", "m=$(ls -d /sys/fs/bpf/weft-*/weft_"+name+"); for k in $("+keys+"); do bpftool map delete pinned $m key $(echo $k | tr , ' '); done")
 	}
+	d.repairs(t, "program", "bpftool map update pinned /sys/fs/bpf/weft-*/weft_settings key 0 0 0 0 value"+strings.Repeat(" 0", 12))
 	reach(t, d.one, "10.32.2.10")
 	reach(t, d.two, "10.32.1.10")
 }

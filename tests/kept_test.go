@@ -27,6 +27,7 @@ var keptParts = map[string]string{
 		echo $l $(cat $l/ifalias $l/mtu $l/address $l/flags) $(readlink $l/master) $(cat $l/brport/learning $l/brport/neigh_suppress 2>/dev/null)
 	done`,
 	"program": `for m in settings ports dests peers services; do bpftool map dump pinned /sys/fs/bpf/weft-*/weft_$m; done
+		bpftool -j map dump pinned /sys/fs/bpf/weft-*/weft_counters | tr '{' '\n' | grep -o '^"key":[^]]*'
 		for l in weftv eth; do for d in $(cd /sys/class/net; ls -d $l*); do tc filter show dev $d ingress; done; done`,
 	"routes":     "for f in -4 -6; do ip $f route show table 4796; ip $f rule show pref 4796; done",
 	"encryption": "weft encryption | awk '{ print $1, $2, $3, $NF }' | grep weftw",

@@ -1,6 +1,13 @@
 package kernel
 
-import "github.com/weftnet/weft/dataplane/kernel/bpf"
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weftnet/weft/dataplane/kernel/bpf"
+)
 
 // Reasons are the reasons for which the guard drops a frame, in the order of enum reason.
 var Reasons = []string{"", "short", "mac", "ipv4", "ipv6", "arp", "nd", "ra", "dhcp", "bridge", "vlan", "ethertype", "headers"}
@@ -21,6 +28,21 @@ func (c *Counters) add(each []bpf.ProgramCounters) {
 		}
 		c.Fast, c.Slow = c.Fast+cpu.Fast, c.Slow+cpu.Slow
 	}
+}
+
+// makeCounters lets the program count for an endpoint. It has no place of its own for that:
+// what it does not find it does not count.
+func makeCounters(m *ebpf.Map, index uint32) error {
+	zero := make([]bpf.ProgramCounters, ebpf.MustPossibleCPU())
+	if err := m.Update(index, zero, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return fmt.Errorf("counters of the port program: %w", err)
+	}
+	return nil
+}
+
+func hasCounters(m *ebpf.Map, index uint32) bool {
+	var each []bpf.ProgramCounters
+	return m.Lookup(index, &each) == nil
 }
 
 // Counters returns the sum over all endpoints of this host.

@@ -1,18 +1,36 @@
 package kernel
 
 import (
+	"slices"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
-
-	"github.com/weftnet/weft/dataplane/kernel/bpf"
 )
 
-// ClearDests makes the port program know no destination.
-func (k *Kernel) ClearDests(t *testing.T) {
+// ClearMap takes everything out of a map of the port program; of an array, which keeps its
+// entries, their values.
+func (k *Kernel) ClearMap(t *testing.T, name string) {
 	t.Helper()
-	if err := clearMap[bpf.ProgramDestKey, bpf.ProgramDest](k.program.objects.WeftDests); err != nil {
-		t.Fatal(err)
+	names, maps := k.program.maps()
+	m := *maps[slices.Index(names, name)]
+	if m.Type() == ebpf.Array {
+		if err := m.Put(uint32(0), make([]byte, m.ValueSize())); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	for {
+		key, err := m.NextKeyBytes(nil)
+		if err == nil && key == nil {
+			return
+		}
+		if err == nil {
+			err = m.Delete(key)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

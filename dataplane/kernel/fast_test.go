@@ -30,7 +30,7 @@ func TestFastPath(t *testing.T) {
 				all := fastHosts(t, mode, c.on)
 				if c.broken {
 					for _, m := range all {
-						m.k.ClearDests(t)
+						m.k.ClearMap(t, "weft_dests")
 					}
 				}
 				a, b := all[0], all[1]

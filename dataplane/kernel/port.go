@@ -16,17 +16,21 @@ import (
 )
 
 // canaryDest, like number 0 of the other maps, is an entry that belongs to nobody: while
-// it is there, nobody has cleared the map.
+// it is there, nobody has cleared the map. Maps of what passes by (flows, pieces, sums) have
+// none: nobody could bring that back.
 var canaryDest = bpf.ProgramDestKey{Vni: 1<<32 - 1}
 
-// canaries reports whether all maps that hold what is to be still have theirs.
+// canaries reports whether all maps that hold what is to be still have theirs. The settings,
+// one value that is always there, have a mark.
 func (p *Program) canaries() bool {
 	var port bpf.ProgramPort
 	var d bpf.ProgramDest
 	var peer uint32
 	var service bpf.ProgramService
+	var settings bpf.ProgramSettings
 	m := &p.objects
-	return m.WeftPeers.Lookup(uint32(0), &peer) == nil && m.WeftPorts.Lookup(uint32(0), &port) == nil && m.WeftDests.Lookup(canaryDest, &d) == nil &&
+	return m.WeftSettings.Lookup(uint32(0), &settings) == nil && settings.Flags&settingsSet != 0 && hasCounters(m.WeftCounters, 0) &&
+		m.WeftPeers.Lookup(uint32(0), &peer) == nil && m.WeftPorts.Lookup(uint32(0), &port) == nil && m.WeftDests.Lookup(canaryDest, &d) == nil &&
 		m.WeftServices.Lookup(canaryDest, &service) == nil
 }
 
@@ -102,6 +106,7 @@ func (k *Kernel) putProgram(o dataplane.Program) error {
 	}
 	m := &k.program.objects
 	s := settingsValue(o)
+	s.Flags |= settingsSet
 	var old bpf.ProgramSettings
 	_ = m.WeftSettings.Lookup(uint32(0), &old)
 	if o.Underlay != "" {
@@ -128,7 +133,7 @@ func (k *Kernel) putProgram(o dataplane.Program) error {
 	if err := m.WeftSettings.Put(uint32(0), s); err != nil {
 		return fmt.Errorf("settings: %w", err)
 	}
-	if err := errors.Join(m.WeftPorts.Put(uint32(0), bpf.ProgramPort{}), m.WeftDests.Put(canaryDest, bpf.ProgramDest{}), m.WeftServices.Put(canaryDest, bpf.ProgramService{})); err != nil {
+	if err := errors.Join(m.WeftPorts.Put(uint32(0), bpf.ProgramPort{}), makeCounters(m.WeftCounters, 0), m.WeftDests.Put(canaryDest, bpf.ProgramDest{}), m.WeftServices.Put(canaryDest, bpf.ProgramService{})); err != nil {
 		return err
 	}
 	k.program.used.Store(true)
@@ -208,6 +213,9 @@ func (k *Kernel) readPort(l *link) (dataplane.Port, error) {
 	if err != nil {
 		return dataplane.Port{}, fmt.Errorf("read the program's endpoint %s: %w", l.name, err)
 	}
+	if !hasCounters(k.program.objects.WeftCounters, uint32(l.index)) {
+		return dataplane.Port{}, nil
+	}
 	if there, err := k.stands(l.index, onEndpoint); err != nil || !there {
 		return dataplane.Port{}, err
 	}
@@ -230,9 +238,8 @@ func (k *Kernel) putPort(index int32, o dataplane.Port) error {
 	if err := m.WeftPorts.Put(uint32(index), portValue(o)); err != nil {
 		return fmt.Errorf("tell the port program of the endpoint: %w", err)
 	}
-	zero := make([]bpf.ProgramCounters, ebpf.MustPossibleCPU())
-	if err := m.WeftCounters.Update(uint32(index), zero, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-		return fmt.Errorf("counters of the port program: %w", err)
+	if err := makeCounters(m.WeftCounters, uint32(index)); err != nil {
+		return err
 	}
 	if o.Services {
 		if err := k.attach(index, onEgress); err != nil {

@@ -35,6 +35,10 @@ const (
 	destTunnel = 8
 )
 
+// settingsSet is in the flags of all settings that a process of ours wrote; the programs do
+// not look at it. Without it the settings were cleared.
+const settingsSet = 1 << 15
+
 const (
 	filterPriority = 4796
 	filterPrefix   = "weft "
