@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"slices"
 
@@ -147,6 +148,10 @@ type OpError struct {
 
 func (e *OpError) Error() string { return e.Op.String() + ": " + e.Err.Error() }
 func (e *OpError) Unwrap() error { return e.Err }
+
+// ErrFull is the failure of an operation on a Dest or Service for which the port program's
+// map has no room: a limit, and no fault that goes away when it is tried again.
+var ErrFull = errors.New("the port program's map is full")
 
 // Kernel is the kernel as the loop uses it: dataplane/kernel, and for tests of
 // logic dataplane/kerneltest.

@@ -78,6 +78,7 @@ type network struct {
 	changed  bool      // records changed since the last pass
 	lookedAt time.Time // last reading
 	failures int
+	full     map[Key]bool // for what the kernel had no room at the last try
 }
 
 // NetworkStatus tells how the last pass over a network went.
@@ -88,6 +89,8 @@ type NetworkStatus struct {
 	LastPass time.Time `json:"lastPass"`
 	Objects  int       `json:"objects"`
 	Held     string    `json:"held,omitempty"` // why deletions wait
+	// Full counts by kind ("dest", "service") what the port program had no room for.
+	Full map[string]int `json:"full,omitempty"`
 }
 
 // Stats counts what the loop did since its start.
@@ -336,7 +339,7 @@ func (l *Loop) serve(ctx context.Context, r request) {
 	for _, r := range batch {
 		if r.explain {
 			want, have, _, err := l.compare(ctx, r.vni, true)
-			r.reply <- reply{err: err, want: want, have: have, ops: Diff(want, have)}
+			r.reply <- reply{err: err, want: want, have: have, ops: l.network(r.vni).possible(Diff(want, have))}
 			continue
 		}
 		_, passed := failed[r.vni]

@@ -29,6 +29,7 @@ type host struct {
 	stop   func()
 	inSync func() bool
 	public netip.Addr // of the peers
+	log    *slog.Logger
 }
 
 func newHost(t testing.TB) *host {
@@ -37,14 +38,14 @@ func newHost(t testing.TB) *host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &host{t: t, db: db, kernel: kerneltest.NewMemory(underlay)}
+	h := &host{t: t, db: db, kernel: kerneltest.NewMemory(underlay), log: slog.New(slog.DiscardHandler)}
 	h.start()
 	t.Cleanup(func() { h.stop(); _ = db.Close() })
 	return h
 }
 
 func (h *host) start() {
-	h.loop = dataplane.NewLoop(h.db, h.kernel, func() netip.Addr { return netip.Addr{} }, h.inSync, slog.New(slog.DiscardHandler))
+	h.loop = dataplane.NewLoop(h.db, h.kernel, func() netip.Addr { return netip.Addr{} }, h.inSync, h.log)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = h.loop.Run(ctx) }()

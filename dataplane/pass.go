@@ -55,7 +55,7 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	}
 	ops, waits := l.withhold(want, Diff(want, have))
 	held = cmp.Or(waits, held)
-	errs := l.kernel.Apply(ctx, ops)
+	errs, full := splitFull(l.kernel.Apply(ctx, ops))
 	if len(errs) > 0 && errors.Is(ctx.Err(), context.Canceled) {
 		n.have, n.changed = nil, true
 		return errs, ctx.Err()
@@ -67,8 +67,11 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	}
 	n.have = have
 	apply(n.have, ops)
-	if fresh && !changed && n.failures == 0 && len(ops) > len(errs) {
-		l.repaired(v, ops)
+	mended := slices.DeleteFunc(slices.Clone(ops), func(op Op) bool { return full[op.Object.Key()] })
+	mended = n.possible(mended) // for which there is room now
+	n.noteFull(fresh, ops, full)
+	if fresh && !changed && n.failures == 0 && len(mended) > len(errs) {
+		l.repaired(v, mended)
 	}
 	l.done(v, len(want), ops, held, joinErrors(errs))
 	if fresh {
@@ -104,11 +107,13 @@ func (l *Loop) passEndpoint(ctx context.Context, v store.VNI, e store.EndpointID
 	ops, _ := l.withhold(want, Diff(want, have)) // the pass that follows says it
 	ctx, cancel := context.WithTimeout(ctx, passLimit)
 	defer cancel()
-	if errs := l.kernel.Apply(ctx, ops); len(errs) > 0 {
+	errs, full := splitFull(l.kernel.Apply(ctx, ops))
+	if len(errs) > 0 {
 		n.have = nil
 		return false
 	}
 	apply(n.have, ops)
+	n.noteFull(false, ops, full)
 	l.mu.Lock()
 	l.stats.Passes++
 	l.stats.Ops += uint64(len(ops))
@@ -249,7 +254,7 @@ func (l *Loop) done(v store.VNI, objects int, ops []Op, held string, err error) 
 	n, now := l.network(v), time.Now()
 	l.mu.Lock()
 	old := l.status[v]
-	s := NetworkStatus{VNI: v, LastPass: now, Objects: objects, Held: held}
+	s := NetworkStatus{VNI: v, LastPass: now, Objects: objects, Held: held, Full: n.countFull()}
 	l.stats.Passes++
 	l.stats.Ops += uint64(len(ops))
 	if err != nil {
@@ -275,6 +280,9 @@ func (l *Loop) done(v store.VNI, objects int, ops []Op, held string, err error) 
 	}
 	if held != "" && old.Held == "" {
 		l.log.Warn("deletions held back", "vni", v, "reason", held)
+	}
+	if s.Full != nil && old.Full == nil {
+		l.log.Warn("the port program's maps are full: destinations that it does not know are reached through the host's stack, services not at all", "vni", v, "unknown", s.Full)
 	}
 	switch {
 	case err != nil:

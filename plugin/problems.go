@@ -176,6 +176,13 @@ func problems(v view) []problem {
 		if p.Held != "" {
 			add("", "%s: deletions wait: %s", where, p.Held)
 		}
+		if n := p.Full["service"]; n > 0 {
+			add("docker service update --endpoint-mode dnsrr for services that can do without", "%s: nobody answers %d virtual addresses here: the port program has room for 4,096 on all networks of a host", where, n)
+		}
+		if n := p.Full["dest"]; n > 0 {
+			out = append(out, problem{Advice: true, Text: fmt.Sprintf("%s: %d addresses of endpoints are reached through the host's stack, which is slower: the port program has room for 262,144 on all networks of a host", where, n),
+				Remedy: "create networks that can do without with -o fastpath=false"})
+		}
 	}
 	for _, n := range v.networks {
 		for _, d := range n.Disagree {

@@ -65,6 +65,12 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"failing host", func(v *view) { v.passes = []dataplane.NetworkStatus{{Err: "a\nb\nc\nd", Since: at}} }, "the host's rules do not match the records since 2026-11-24 12:00:00 UTC: a; b; c; and 1 more", false},
 		{"held", func(v *view) { v.passes = []dataplane.NetworkStatus{{VNI: 4096, Held: "12 of 14 peers are silent"}} }, "network 4096: deletions wait: 12 of 14", false},
 		{"held on the host", func(v *view) { v.passes = []dataplane.NetworkStatus{{Held: "12 of 14 peers are silent"}} }, "the host's rules: deletions wait: 12 of 14", false},
+		{"no room for services", func(v *view) {
+			v.passes = []dataplane.NetworkStatus{{VNI: 4096, Full: map[string]int{"service": 3}}}
+		}, "network 4096: nobody answers 3 virtual addresses here", false},
+		{"no room for destinations", func(v *view) {
+			v.passes = []dataplane.NetworkStatus{{VNI: 4096, Full: map[string]int{"dest": 5}}}
+		}, "network 4096: 5 addresses of endpoints are reached through the host's stack", true},
 		{"other subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Disagree: []string{"beta (vxlan [10.9.0.0/16])"}}}
 		}, "others on host beta (vxlan [10.9.0.0/16]): they are not connected", false},

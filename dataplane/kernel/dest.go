@@ -92,15 +92,15 @@ func (k *Kernel) applyDests(ops []dataplane.Op) []error {
 			}
 			index[o.Link] = uint32(l.index)
 		}
-		err := p.objects.WeftDests.Put(key, destValue(o, index[o.Link]))
-		if errors.Is(err, unix.E2BIG) { // the stack takes it
-			if !p.full {
-				p.full = true
-				k.log.Warn("the port program's map of destinations is full; those that it does not know are reached through the host's stack", "limit", p.objects.WeftDests.MaxEntries())
-			}
-			err = nil
-		}
-		errs[i] = err
+		errs[i] = orFull(p.objects.WeftDests.Put(key, destValue(o, index[o.Link])))
 	}
 	return errs
+}
+
+// orFull tells of a map that is full in the loop's words.
+func orFull(err error) error {
+	if errors.Is(err, unix.E2BIG) {
+		return dataplane.ErrFull
+	}
+	return err
 }

@@ -1,11 +1,16 @@
 package kernel
 
 import (
+	"errors"
 	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/weftnet/weft/dataplane/kernel/bpf"
+	"github.com/weftnet/weft/store"
 )
 
 // ClearMap takes everything out of a map of the port program; of an array, which keeps its
@@ -30,6 +35,34 @@ func (k *Kernel) ClearMap(t *testing.T, name string) {
 		}
 		if err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// FillMap fills a map of the port program with entries of others, which empty takes out.
+func (k *Kernel) FillMap(t *testing.T, name string) (empty func()) {
+	t.Helper()
+	names, maps := k.program.maps()
+	m := *maps[slices.Index(names, name)]
+	var added []bpf.ProgramDestKey
+	value := make([]byte, m.ValueSize())
+	for i := uint32(1); ; i++ {
+		key := bpf.ProgramDestKey{Vni: uint32(store.MaxVNI), At: bpf.ProgramAddr{W: [4]uint32{i}}}
+		err := m.Put(key, value)
+		if errors.Is(err, unix.E2BIG) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		added = append(added, key)
+	}
+	t.Logf("%s is full with %d entries of others", name, len(added))
+	return func() {
+		for _, key := range added {
+			if err := m.Delete(key); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 }

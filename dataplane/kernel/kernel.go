@@ -342,7 +342,7 @@ func (k *Kernel) apply(ctx context.Context, c class, ops, later []dataplane.Op) 
 		case dataplane.WireGuard:
 			errs[i] = k.putTunnel(o)
 		case dataplane.Service:
-			errs[i] = k.applyService(op.Verb, o)
+			errs[i] = orFull(k.applyService(op.Verb, o))
 		case dataplane.Program:
 			if op.Verb == dataplane.Delete {
 				errs[i] = k.deleteProgram()

@@ -63,7 +63,6 @@ type Program struct {
 	mu     sync.Mutex
 	dests  map[store.VNI][]dest
 	readAt time.Time
-	full   bool // said that the map is full
 }
 
 // Where the program stands.
