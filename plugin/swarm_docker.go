@@ -39,9 +39,10 @@ type (
 		ManagerStatus struct{ Leader bool }
 	}
 	dockerService struct {
-		ID      string
-		Version struct{ Index uint64 }
-		Spec    struct {
+		ID        string
+		CreatedAt time.Time
+		Version   struct{ Index uint64 }
+		Spec      struct {
 			Name         string
 			Labels       map[string]string
 			EndpointSpec struct{ Ports []dockerPort }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"net/netip"
@@ -43,7 +44,7 @@ func (p *process) watchServices(ctx context.Context) error {
 			now := map[string]bool{}
 			for _, f := range found.problems {
 				if now[f.Text] = true; !told[f.Text] {
-					p.log.Warn("the name of a service of the Swarm leads nowhere", "what", f.Text, "type", f.Remedy)
+					p.log.Warn("the name of a service of the Swarm does not lead to it", "what", f.Text, "type", f.Remedy)
 				}
 			}
 			told = now
@@ -109,7 +110,7 @@ func (p *process) lookAtServices(ctx context.Context, docker *dockerClient) (out
 			v.status.Answered = append(v.status.Answered, s.VIP)
 		}
 	}
-	out.problems = v.virtual()
+	out.problems = slices.Concat(v.virtual(), v.oneForSeveral())
 	return out, err
 }
 
@@ -145,7 +146,9 @@ func (v *swarmView) leads(ctx context.Context, docker *dockerClient, tasks *[]do
 }
 
 // offered returns the services with a virtual address on a network of ours, with the
-// tasks that run: Swarm says so of one with a health check when it is healthy.
+// tasks that run: Swarm says so of one with a health check when it is healthy. Of several
+// with one address, as a Swarm restored from an older state may have them, it is the
+// oldest's, whatever becomes of their tasks: else connections would change sides.
 func (v *swarmView) offered(self store.HostID, tasks []dockerTask) (out []store.Service) {
 	type at struct{ service, network string }
 	backends, index := map[at][]netip.Addr{}, map[string]uint64{}
@@ -163,8 +166,13 @@ func (v *swarmView) offered(self store.HostID, tasks []dockerTask) (out []store.
 			}
 		}
 	}
-	for _, s := range v.services {
+	taken := map[at]bool{} // by an older service
+	for _, s := range slices.SortedFunc(slices.Values(v.services), older) {
 		for _, ip := range s.Endpoint.VirtualIPs {
+			if taken[at{ip.Addr, ip.NetworkID}] {
+				continue
+			}
+			taken[at{ip.Addr, ip.NetworkID}] = true
 			i := slices.IndexFunc(v.networks, func(n dockerNetwork) bool { return n.ID == ip.NetworkID })
 			vip, err := netip.ParseAddr(withoutBits(ip.Addr))
 			if i < 0 || err != nil {
@@ -183,6 +191,10 @@ func (v *swarmView) offered(self store.HostID, tasks []dockerTask) (out []store.
 		}
 	}
 	return out
+}
+
+func older(a, b dockerService) int {
+	return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
 }
 
 // answered returns the virtual addresses of which hosts are told.

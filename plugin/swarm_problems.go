@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -26,7 +28,7 @@ func (v swarmView) problems() []problem {
 			out = append(out, p)
 		}
 	}
-	return slices.Concat(out, v.unallocated(), v.hosts(), v.differences(), v.virtual(), v.unlent())
+	return slices.Concat(out, v.unallocated(), v.hosts(), v.differences(), v.virtual(), v.oneForSeveral(), v.unlent())
 }
 
 // setScope is what to type for another scope.
@@ -269,6 +271,39 @@ func (s dockerService) virtual(where string) problem {
 	}
 	if s.Spec.Labels["com.docker.stack.namespace"] != "" {
 		out.Remedy = fmt.Sprintf("%s in the stack's file; or: %s", inFile, out.Remedy)
+	}
+	return out
+}
+
+// oneForSeveral names the services that share a virtual address. Docker frees it when the
+// first of them gives it up, so all have to.
+func (v swarmView) oneForSeveral() (out []problem) {
+	for _, n := range v.networks {
+		have := map[string][]dockerService{}
+		for _, s := range slices.SortedFunc(slices.Values(v.services), older) {
+			for _, ip := range s.Endpoint.VirtualIPs {
+				if ip.NetworkID == n.ID && ip.Addr != "" {
+					have[ip.Addr] = append(have[ip.Addr], s)
+				}
+			}
+		}
+		for _, addr := range slices.Sorted(maps.Keys(have)) {
+			all := have[addr]
+			if len(all) < 2 || len(out) == mostNamed {
+				continue
+			}
+			var names, updates []string
+			remedy := ""
+			for _, s := range all {
+				names = append(names, s.Spec.Name)
+				updates = append(updates, "docker service update --endpoint-mode dnsrr "+s.Spec.Name)
+				if slices.ContainsFunc(s.Spec.EndpointSpec.Ports, func(p dockerPort) bool { return p.PublishMode != "host" }) {
+					remedy = "remove them all and create them again"
+				}
+			}
+			out = append(out, problem{Text: fmt.Sprintf("services %s have one virtual address, %s on network %s: it leads to %s alone, the oldest; tasks.NAME resolves to the tasks of each", some(names), withoutBits(addr), n.Name, all[0].Spec.Name),
+				Remedy: cmp.Or(remedy, strings.Join(updates[:min(len(updates), mostNamed)], " && ")+"; and back with --endpoint-mode vip")})
+		}
 	}
 	return out
 }

@@ -182,7 +182,7 @@ func TestManyServicesAreCounted(t *testing.T) {
 	for i := range mostNamed + 3 {
 		var s dockerService
 		s.Spec.Name = fmt.Sprint("s", i)
-		s.Endpoint.VirtualIPs = []struct{ NetworkID, Addr string }{{v.networks[0].ID, "10.90.0.9/24"}}
+		s.Endpoint.VirtualIPs = []struct{ NetworkID, Addr string }{{v.networks[0].ID, fmt.Sprintf("10.90.0.%d/24", 9+i)}}
 		if i == 0 {
 			s.Endpoint.VirtualIPs[0].Addr = "" // of --config-from
 		}
