@@ -1,39 +1,43 @@
-package dataplane
+package dataplane_test
 
 import (
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 
+	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/store"
 )
 
-// TestWrongChecksumsTakeTheVXLANDevice: where the underlay's link computes those inside of
-// VXLAN wrong, the program puts no packets into VXLAN. What it does without VXLAN it goes
-// on doing.
-func TestWrongChecksumsTakeTheVXLANDevice(t *testing.T) {
-	for _, c := range []struct {
-		mode       string
-		noChecksum bool
-		known      bool
-	}{{store.ModeVXLAN, false, true}, {store.ModeVXLAN, true, false}, {store.ModeRouted, true, true}} {
-		u := Underlay{Link: "eth0", Address: netip.MustParseAddr("192.0.2.1"), Prefix: netip.MustParsePrefix("192.0.2.0/24"), Ethernet: true, Program: true, NoChecksum: c.noChecksum}
-		peer := store.Host{ID: "peer", Address: netip.MustParseAddr("192.0.2.2"), DataPort: 4797}
-		here := store.Endpoint{ID: "e", Network: "net", VNI: 4096, MAC: store.MAC{2, 0, 0, 0, 0, 1}, IPv4: netip.MustParsePrefix("10.1.0.2/16")}
-		there := store.SharedEndpoint{MAC: store.MAC{2, 0, 0, 0, 0, 2}, IPv4: netip.MustParseAddr("10.1.0.3")}
-		p, err := PlanNetwork(store.Snapshot{VNI: 4096, Self: store.Host{ID: "self", Address: u.Address, DataPort: 4797},
-			Network:   &store.Network{ID: "net", VNI: 4096, Mode: c.mode, Subnets: []store.Subnet{{Pool: netip.MustParsePrefix("10.1.0.0/16")}}},
-			Endpoints: []store.Endpoint{here}, Peers: []store.Peer{{Host: peer}}, Remote: []store.RemoteEndpoint{{Owner: peer.ID, SharedEndpoint: there}}}, u)
+// TestTasksOfAService: all tasks of which the endpoint is known are behind the virtual
+// address, up to the limit, and then those with the lowest addresses.
+func TestTasksOfAService(t *testing.T) {
+	u := underlay
+	u.Program = true
+	for tasks, want := range map[int]int{0: 0, 1: 1, 500: 500, dataplane.MaxBackends: dataplane.MaxBackends, 600: dataplane.MaxBackends} {
+		n := network(1)
+		vip := netip.MustParseAddr("10.1.255.1")
+		s := store.Snapshot{VNI: 1, Self: store.Host{ID: "self"}, Network: &n, Served: true, Services: []store.Service{{VNI: 1, VIP: vip}}}
+		var all []string
+		for i := range tasks {
+			e := endpoint(1, 2+i)
+			if i%2 == 0 {
+				s.Endpoints = append(s.Endpoints, e)
+			} else {
+				s.Remote = append(s.Remote, store.RemoteEndpoint{Owner: "peer", SharedEndpoint: e.Shared()})
+			}
+			s.Services[0].Backends = append(s.Services[0].Backends, e.IPv4.Addr())
+			all = append(all, e.IPv4.Addr().String()+" "+e.MAC.String())
+		}
+		p, err := dataplane.PlanNetwork(s, u)
 		if err != nil {
 			t.Fatal(err)
 		}
-		known := map[bool]bool{} // of this host, of the peer
-		for _, o := range p {
-			if d, ok := o.(Dest); ok {
-				known[d.Link != ""] = true
-			}
-		}
-		if !known[true] || known[false] != c.known {
-			t.Errorf("%s, wrong checksums %t: the program knows the peer's endpoint: %t, its own: %t", c.mode, c.noChecksum, known[false], known[true])
+		o, _ := p[dataplane.Service{VIP: vip}.Key()].(dataplane.Service)
+		got := strings.FieldsFunc(o.Backends, func(c rune) bool { return c == ',' })
+		if !slices.Equal(got, all[:want]) {
+			t.Errorf("of %d tasks %d are behind the address, want the first %d", tasks, len(got), want)
 		}
 	}
 }

@@ -202,12 +202,8 @@ func (s *services) networks() ([]networkReply, error) {
 			if r.Twice, err = twice(tx, n, eps); err != nil {
 				return err
 			}
-			services, err := tx.Services(n)
-			if err != nil {
+			if r.Services, r.Crowded, err = served(tx, n); err != nil {
 				return err
-			}
-			for _, s := range services {
-				r.Services = append(r.Services, s.Name)
 			}
 			out = append(out, r)
 		}
@@ -215,6 +211,19 @@ func (s *services) networks() ([]networkReply, error) {
 	})
 	slices.SortFunc(out, func(a, b networkReply) int { return int(a.VNI) - int(b.VNI) })
 	return out, err
+}
+
+// served names the services that have a virtual address on the network, and says which of
+// them have more tasks than the port program leads to.
+func served(tx *store.Tx, n store.Network) (names, crowded []string, err error) {
+	all, err := tx.Services(n)
+	for _, s := range all {
+		names = append(names, s.Name)
+		if len(s.Backends) > dataplane.MaxBackends {
+			crowded = append(crowded, fmt.Sprintf("%s (%s) has %d", s.Name, s.VIP, len(s.Backends)))
+		}
+	}
+	return names, crowded, err
 }
 
 // twice names the addresses that endpoints of this host share with endpoints of living

@@ -93,6 +93,7 @@ type networkReply struct {
 	Alike        []string                `json:"alike,omitempty"`    // networks of hosts with the same subnets and another VNI
 	Twice        []string                `json:"twice,omitempty"`    // addresses that an endpoint here and one elsewhere have
 	Services     []string                `json:"services,omitempty"` // of Swarm, with a virtual address
+	Crowded      []string                `json:"crowded,omitempty"`  // services with more tasks than a virtual address can have
 	Status       dataplane.NetworkStatus `json:"status"`
 }
 

@@ -219,6 +219,11 @@ func problems(v view) []problem {
 		}
 	}
 	for _, n := range v.networks {
+		if len(n.Crowded) > 0 {
+			add("make several services of it, or docker service update --endpoint-mode dnsrr", "network %d: a virtual address leads to %d tasks at most, those with the lowest addresses; the others get nothing: %s", n.VNI, dataplane.MaxBackends, strings.Join(n.Crowded, ", "))
+		}
+	}
+	for _, n := range v.networks {
 		if len(n.Alike) > 0 && len(n.Peers) == 0 {
 			out = append(out, problem{Advice: true, Text: fmt.Sprintf("network %d has the same subnets as %s: they are not connected", n.VNI, strings.Join(n.Alike, ", ")),
 				Remedy: "if they are meant to be one, remove one of them and create it again with the other's number: -o vni=NUMBER"})

@@ -81,6 +81,9 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"address twice", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Twice: []string{"10.9.0.2 (endpoint a here, b on host beta)"}}}
 		}, "network 4096: addresses that two have, so one gets no packets: 10.9.0.2 (endpoint a here, b on host beta)", false},
+		{"many tasks", func(v *view) {
+			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Crowded: []string{"web (10.9.0.2) has 600"}}}
+		}, "network 4096: a virtual address leads to 512 tasks at most, those with the lowest addresses; the others get nothing: web (10.9.0.2) has 600", false},
 		{"same subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4098}, Alike: []string{"network 4097 on host beta"}}}
 		}, "network 4098 has the same subnets as network 4097 on host beta: they are not connected", true},

@@ -3,12 +3,15 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/driver"
+	"github.com/weftnet/weft/store"
 )
 
 // servedSwarm is a Swarm with one network and services on it, each with that address.
@@ -95,5 +98,31 @@ func TestOneAddressOfTwoServicesIsTold(t *testing.T) {
 	v.status.Answered = append(v.status.Answered, netip.MustParseAddr("10.1.0.10"))
 	if got := said(); strings.Contains(got, "one virtual address") {
 		t.Errorf("with an address each: %q", got)
+	}
+}
+
+func TestManyTasksAreTold(t *testing.T) {
+	db, err := store.Open(filepath.Join(t.TempDir(), "weft.db"), store.Host{ID: "self"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = db.Close() }()
+	n := store.Network{ID: "n", VNI: 4096, Mode: store.ModeVXLAN, Key: make([]byte, 32)}
+	service := func(last byte, tasks int) store.Service {
+		s := store.Service{VNI: 4096, VIP: netip.AddrFrom4([4]byte{10, 9, 255, last}), Name: fmt.Sprint("with", tasks), Proof: n.Proof("self")}
+		for i := range tasks {
+			s.Backends = append(s.Backends, netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}))
+		}
+		return s
+	}
+	var got []string
+	if err := db.Update(t.Context(), func(tx *store.Tx) error {
+		err := tx.PutServices("self", true, []store.Service{service(1, dataplane.MaxBackends), service(2, dataplane.MaxBackends+1)})
+		if err == nil {
+			got, err = crowded(tx, n)
+		}
+		return err
+	}); err != nil || !slices.Equal(got, []string{"with513 (10.9.255.2) has 513"}) {
+		t.Errorf("told is %q, %v", got, err)
 	}
 }
