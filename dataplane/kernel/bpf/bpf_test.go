@@ -9,14 +9,15 @@ import (
 	"testing"
 )
 
-// compiler is the one of which the committed objects are; another one makes others.
+// compiler is the one of which the committed objects are; another one makes others. gen.go
+// and tests/run.sh, which installs it, go by its number.
 const compiler = "clang version 14.0.6"
 
 // TestObjectsComeFromTheSource compiles the program and compares.
 func TestObjectsComeFromTheSource(t *testing.T) {
-	out, err := exec.Command("clang", "--version").Output()
+	out, err := exec.Command("clang-14", "--version").Output()
 	if err != nil || !strings.Contains(string(out), compiler) {
-		why := "needs " + compiler + " (Debian 12: apt-get install clang llvm libbpf-dev)"
+		why := "needs " + compiler + " (Debian 12: apt-get install clang-14 llvm-14 libbpf-dev)"
 		if os.Getenv("CI") != "" || strings.Contains(os.Getenv("WEFT_TEST_MUST"), "clang") {
 			t.Fatal(why)
 		}
@@ -42,7 +43,7 @@ func TestObjectsComeFromTheSource(t *testing.T) {
 		want, _ := os.ReadFile(path)
 		have, err := os.ReadFile(filepath.Base(path))
 		if err != nil || !bytes.Equal(want, have) {
-			t.Errorf("%s is not what the source makes (%v); run go generate ./dataplane/kernel/bpf", filepath.Base(path), err)
+			t.Errorf("%s is not what the source makes (%v); run go generate ./dataplane/kernel/bpf, with libbpf-dev and linux-libc-dev of Debian 12", filepath.Base(path), err)
 		}
 	}
 }
