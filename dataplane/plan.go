@@ -55,7 +55,7 @@ type Key struct {
 	Name   string // of the link, set, chain or jump
 	MAC    store.MAC
 	IP     netip.Addr
-	Bits   uint8 // length of a route's prefix
+	Bits   uint8 // length of a route's or rule's prefix
 	Master bool
 }
 
@@ -68,7 +68,7 @@ func (k Key) String() string {
 	if k.IP.IsValid() {
 		s += " " + k.IP.String()
 	}
-	if k.Kind == KindRoute || k.Kind == KindBlackhole {
+	if k.IP.IsValid() && (k.Kind == KindRoute || k.Kind == KindBlackhole || k.Kind == KindRule) {
 		s += fmt.Sprintf("/%d", k.Bits)
 	}
 	return s

@@ -15,6 +15,7 @@ import (
 const (
 	RouteTable    = 4796
 	RulePriority  = 4796
+	DropPriority  = 4797 // of rules that drop
 	RouteProtocol = 119
 )
 
@@ -73,8 +74,13 @@ func (r Router) String() string {
 	return s
 }
 
-// RouteRule leads every packet to our table before the main one.
-type RouteRule struct{ V6 bool }
+// RouteRule leads every packet to our table before the main one. With Drop it drops
+// what is for an encrypted network, after that table: should the table lose its routes,
+// the main one is not asked.
+type RouteRule struct {
+	V6   bool
+	Drop netip.Prefix // zero: leads to our table
+}
 
 // Route is a route of our table. Its metric is the VNI.
 type Route struct {
@@ -91,7 +97,13 @@ func (RouteRule) object() {}
 func (Route) object()     {}
 
 // Key implements Object.
-func (o RouteRule) Key() Key { return Key{Kind: KindRule, Name: family(o.V6)} }
+func (o RouteRule) Key() Key {
+	k := Key{Kind: KindRule, Name: family(o.V6)}
+	if o.Drop.IsValid() {
+		k.IP, k.Bits = o.Drop.Addr(), uint8(o.Drop.Bits())
+	}
+	return k
+}
 
 // Key implements Object.
 func (o Route) Key() Key {
@@ -103,6 +115,9 @@ func (o Route) Key() Key {
 }
 
 func (o RouteRule) String() string {
+	if o.Drop.IsValid() {
+		return fmt.Sprintf("rule %s pref %d to %s blackhole", family(o.V6), DropPriority, o.Drop)
+	}
 	return fmt.Sprintf("rule %s pref %d lookup %d", family(o.V6), RulePriority, RouteTable)
 }
 

@@ -161,14 +161,19 @@ func pools(v6 bool, n store.Network) (out []netip.Prefix) {
 	return out
 }
 
-// planRouter adds the rule that leads to our routes, and masquerades what leaves a
-// network that has its own gateway and is not internal.
+// planRouter adds the rules that lead to our routes and close encrypted networks, and
+// masquerades what leaves a network that has its own gateway and is not internal.
 func planRouter(p Plan, v6 bool, s store.HostSnapshot) {
 	through := throughHost(v6, s.Networks)
 	if len(through) == 0 {
 		return
 	}
 	p.Add(RouteRule{V6: v6})
+	for _, n := range chosen(v6, s.Networks, isEncrypted) {
+		for _, a := range pools(v6, n) {
+			p.Add(RouteRule{V6: v6, Drop: a})
+		}
+	}
 	rules := planPorts(p, v6, s.Published, s.Networks)
 	for _, n := range through {
 		if n.Internal || n.NoMasquerade || !n.OwnGateway() {

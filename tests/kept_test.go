@@ -29,7 +29,7 @@ var keptParts = map[string]string{
 	"program": `for m in settings ports dests peers services; do bpftool map dump pinned /sys/fs/bpf/weft-*/weft_$m; done
 		bpftool -j map dump pinned /sys/fs/bpf/weft-*/weft_counters | tr '{' '\n' | grep -o '^"key":[^]]*'
 		for l in weftv eth; do for d in $(cd /sys/class/net; ls -d $l*); do tc filter show dev $d ingress; done; done`,
-	"routes":     "for f in -4 -6; do ip $f route show table 4796; ip $f rule show pref 4796; done",
+	"routes":     "for f in -4 -6; do ip $f route show table 4796; ip $f rule show pref 4796; ip $f rule show pref 4797; done",
 	"encryption": "weft encryption | awk '{ print $1, $2, $3, $NF }' | grep weftw",
 	"addresses":  "ip -o -4 address show | grep weft",
 	"sysctls":    "cd /proc/sys/net; grep . ipv4/conf/%B/rp_filter ipv4/conf/%B/arp_ignore ipv6/conf/%B/disable_ipv6",

@@ -17,7 +17,9 @@ import (
 
 // Fields of a routing rule (include/uapi/linux/fib_rules.h).
 const (
-	ruleAction   = 1 // FR_ACT_TO_TBL
+	ruleToTable  = 1 // FR_ACT_TO_TBL
+	ruleDrop     = 6 // FR_ACT_BLACKHOLE
+	ruleTo       = 1 // FRA_DST
 	rulePriority = 6
 	ruleTable    = 15
 	ruleProtocol = 21
@@ -218,7 +220,7 @@ func routeRequest(verb dataplane.Verb, o dataplane.Route, link int32) *nl.Netlin
 	return req
 }
 
-// readRules adds the rules that lead to our table.
+// readRules adds the rules that are ours.
 func (k *Kernel) readRules(p dataplane.Plan) error {
 	for _, v6 := range []bool{false, true} {
 		req := nl.NewNetlinkRequest(unix.RTM_GETRULE, 0)
@@ -231,29 +233,37 @@ func (k *Kernel) readRules(p dataplane.Plan) error {
 			return fmt.Errorf("list routing rules: %w", err)
 		}
 		for _, m := range msgs {
-			if isOurRule(m) {
-				p.Add(dataplane.RouteRule{V6: v6})
+			if o, ok := parseRule(m, v6); ok {
+				p.Add(o)
 			}
 		}
 	}
 	return nil
 }
 
-// isOurRule reports whether a rule leads every packet to our table and is ours.
-func isOurRule(b []byte) bool {
-	if len(b) < sizeofRule || b[1]|b[2]|b[3] != 0 || b[7] != ruleAction {
-		return false
+// parseRule reads the payload of an RTM_NEWRULE. It reports false for a rule that is not
+// one as we make it.
+func parseRule(b []byte, v6 bool) (dataplane.RouteRule, bool) {
+	o := dataplane.RouteRule{V6: v6}
+	if len(b) < sizeofRule || b[2]|b[3] != 0 {
+		return o, false
 	}
 	found := map[uint16]uint32{}
 	for t, v := range attrs(b[sizeofRule:]) {
 		switch t {
+		case ruleTo:
+			to, _ := netip.AddrFromSlice(v)
+			o.Drop = netip.PrefixFrom(to, int(b[1]))
 		case rulePriority, ruleTable:
 			found[t] = u32(v)
 		case ruleProtocol:
 			found[t] = uint32(u8(v))
 		}
 	}
-	return found[rulePriority] == dataplane.RulePriority && found[ruleTable] == dataplane.RouteTable && found[ruleProtocol] == dataplane.RouteProtocol
+	if o.Drop.IsValid() {
+		return o, b[7] == ruleDrop && found[rulePriority] == dataplane.DropPriority && found[ruleProtocol] == dataplane.RouteProtocol
+	}
+	return o, b[7] == ruleToTable && found[rulePriority] == dataplane.RulePriority && found[ruleTable] == dataplane.RouteTable && found[ruleProtocol] == dataplane.RouteProtocol
 }
 
 // ruleHeader is struct fib_rule_hdr.
@@ -263,7 +273,7 @@ func (h *ruleHeader) Len() int          { return sizeofRule }
 func (h *ruleHeader) Serialize() []byte { return h[:] }
 
 func ruleMsg(v6 bool) *ruleHeader {
-	h := ruleHeader{0: unix.AF_INET, 7: ruleAction}
+	h := ruleHeader{0: unix.AF_INET, 7: ruleToTable}
 	if v6 {
 		h[0] = unix.AF_INET6
 	}
@@ -278,9 +288,16 @@ func (k *Kernel) applyRule(ctx context.Context, verb dataplane.Verb, o dataplane
 	if verb == dataplane.Delete {
 		req = nl.NewNetlinkRequest(unix.RTM_DELRULE, 0)
 	}
-	req.AddData(ruleMsg(o.V6))
-	req.AddData(nl.NewRtAttr(rulePriority, nl.Uint32Attr(dataplane.RulePriority)))
-	req.AddData(nl.NewRtAttr(ruleTable, nl.Uint32Attr(dataplane.RouteTable)))
+	msg := ruleMsg(o.V6)
+	req.AddData(msg)
+	if o.Drop.IsValid() {
+		msg[1], msg[7] = byte(o.Drop.Bits()), ruleDrop
+		req.AddData(nl.NewRtAttr(ruleTo, o.Drop.Addr().AsSlice()))
+		req.AddData(nl.NewRtAttr(rulePriority, nl.Uint32Attr(dataplane.DropPriority)))
+	} else {
+		req.AddData(nl.NewRtAttr(rulePriority, nl.Uint32Attr(dataplane.RulePriority)))
+		req.AddData(nl.NewRtAttr(ruleTable, nl.Uint32Attr(dataplane.RouteTable)))
+	}
 	req.AddData(nl.NewRtAttr(ruleProtocol, []byte{dataplane.RouteProtocol}))
 	err := k.route.do(req)
 	if verb == dataplane.Put && errors.Is(err, unix.EEXIST) || verb == dataplane.Delete && gone(err) {

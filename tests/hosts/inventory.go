@@ -14,7 +14,7 @@ import (
 // them show what an experiment left behind.
 type Inventory map[string][]string
 
-// TakeInventory reads the host: links, routes, FDB entries and neighbours of our
+// TakeInventory reads the host: links, routes, routing rules, FDB entries and neighbours of our
 // links, iptables rules and chains and sets of ours, mounts, network namespaces,
 // and the plugin's open files. Docker itself keeps docker_gwbridge for ever, and
 // the network namespace of a removed container for a minute.
@@ -28,6 +28,7 @@ func (h *Host) TakeInventory(ctx context.Context) (Inventory, error) {
 		{"link", all, []string{"ip", "-brief", "link", "show"}},
 		{"route", all, []string{"ip", "-4", "route", "show", "table", "all"}},
 		{"route6", all, []string{"ip", "-6", "route", "show", "table", "all"}},
+		{"routing rule", all, []string{"sh", "-c", "ip -4 rule && ip -6 rule"}},
 		{"fdb", ours, []string{"bridge", "fdb", "show"}},
 		{"neighbour", ours, []string{"ip", "neighbour", "show", "nud", "permanent"}},
 		{"rule", ours, []string{"iptables-save"}},
