@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -149,5 +150,47 @@ func putPeer(t *testing.T, db *store.DB, p store.Peer) {
 	t.Helper()
 	if err := db.Update(t.Context(), func(tx *store.Tx) error { return tx.PutPeer(p) }); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// The key is changed once it is older than the age, and never at age zero; its file is for
+// root alone before and after.
+func TestKeyChangesByAge(t *testing.T) {
+	for age, changes := range map[time.Duration]bool{24 * time.Hour: true, 0: false} {
+		t.Run(age.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r, _, told := newRotator(t)
+				first := r.keys.state().Keys[0]
+				private := func() {
+					t.Helper()
+					if st, err := os.Stat(r.keys.path); err != nil || st.Mode() != 0o600 {
+						t.Errorf("mode of the key's file: %v, %v", st.Mode(), err)
+					}
+				}
+				private()
+				ctx, stop := context.WithCancel(t.Context())
+				over := make(chan error, 1)
+				go func() { over <- r.run(ctx, age) }()
+				time.Sleep(24 * time.Hour)
+				synctest.Wait()
+				if got := r.keys.state(); got.rotates() || got.Keys[0] != first {
+					t.Error("it changes before its time")
+				}
+				time.Sleep(agePoll + time.Minute)
+				synctest.Wait()
+				if got := r.keys.state(); got.rotates() || (got.Keys[0] != first) != changes {
+					t.Errorf("a little later there are %d keys, another one: %t, want %t", len(got.Keys), got.Keys[0] != first, changes)
+				}
+				private()
+				time.Sleep(23 * time.Hour)
+				stop()
+				if err := <-over; err != nil {
+					t.Error(err)
+				}
+				if n := strings.Count(told.String(), "key was changed"); changes && n != 1 || !changes && n != 0 {
+					t.Errorf("it changed %d times:\n%s", n, told)
+				}
+			})
+		})
 	}
 }
