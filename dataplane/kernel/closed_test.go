@@ -2,9 +2,12 @@ package kernel_test
 
 import (
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/weftnet/weft/dataplane/kerneltest"
 )
 
 // layers keep packets of an encrypted network off the underlay, each alone; with the
@@ -86,5 +89,96 @@ func staysClosed(t *testing.T, on bool) {
 	echo(t, a.containers[0], b.containers[0], b.endpoints[0].IPv4.Addr())
 	if n := leaks(); n != 0 {
 		t.Errorf("after the repair %d packets are plain", n)
+	}
+}
+
+// arriving keep packets in the clear that arrive from the underlay off the containers of an
+// encrypted network, each alone.
+var arriving = []struct{ name, without string }{
+	{"rules in filter", "iptables -F\nip6tables -F"},
+	{"rules in raw", "iptables -t raw -F\nip6tables -t raw -F"},
+}
+
+// TestEncryptedTakesNothingPlain has a stranger send to a container of an encrypted network
+// with its host as next hop, under an address of the network and one of its own.
+func TestEncryptedTakesNothingPlain(t *testing.T) {
+	for _, on := range []bool{false, true} {
+		t.Run(map[bool]string{false: "stack", true: "program"}[on], func(t *testing.T) { takesNothing(t, on) })
+	}
+}
+
+func takesNothing(t *testing.T, on bool) {
+	a, b, _, _ := encryptedPair(t, on)
+	stranger := kerneltest.NewPlace(t)
+	own := []netip.Prefix{netip.MustParsePrefix("192.0.2.3/24"), netip.MustParsePrefix("2001:db8::3/64")}
+	kerneltest.Wire(t, stranger, "eth0", own, a.fabric, "port3", nil)
+	a.fabric.Run(t, "ip link set port3 master fabric")
+	stranger.Configure(t, "lo", netip.MustParsePrefix("10.9.0.11/32"), netip.MustParsePrefix("fd09::b/128")) // container b's
+	stranger.Run(t, "ip route add 10.9.0.0/24 via 192.0.2.1\nip -6 route add fd09::/64 via 2001:db8::1")
+	a.Configure(t, "under0", netip.MustParsePrefix("2001:db8::1/64"))
+	a.Run(t, `iptables -P FORWARD ACCEPT
+		ip6tables -P FORWARD ACCEPT
+		sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.under0.rp_filter=0`)
+	var in net.PacketConn
+	var err error
+	a.containers[0].Do(func() { in, err = net.ListenPacket("udp", ":7003") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = in.Close() }()
+	// got sends from each address of the stranger, and returns those of which something
+	// came.
+	try := byte(0)
+	got := func() map[string]bool {
+		try++
+		stranger.Do(func() {
+			for from, to := range map[string]string{"10.9.0.11": "10.9.0.10", "192.0.2.3": "10.9.0.10", "fd09::b": "fd09::a", "2001:db8::3": "fd09::a"} {
+				dialer := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(from)}}
+				c, err := dialer.Dial("udp", net.JoinHostPort(to, "7003"))
+				if err != nil {
+					t.Error(err)
+					continue
+				}
+				for range 3 {
+					_, _ = c.Write([]byte{try})
+				}
+				_ = c.Close()
+			}
+		})
+		out := map[string]bool{}
+		_ = in.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		for buf := make([]byte, 10); ; {
+			_, from, err := in.ReadFrom(buf)
+			if err != nil {
+				return out
+			}
+			if buf[0] == try { // not one of an earlier try
+				out[from.(*net.UDPAddr).IP.String()] = true
+			}
+		}
+	}
+	if all := got(); len(all) > 0 {
+		t.Errorf("packets in the clear come from %v", all)
+	}
+	for _, kept := range arriving {
+		a.program(t, a, b)
+		for _, l := range arriving {
+			if l != kept {
+				a.Run(t, l.without)
+			}
+		}
+		if all := got(); len(all) > 0 {
+			t.Errorf("with nothing left but the %s, packets in the clear come from %v", kept.name, all)
+		}
+	}
+	for _, l := range arriving {
+		a.Run(t, l.without)
+	}
+	if all := got(); len(all) != 4 {
+		t.Errorf("without any layer packets come from %v alone: the test sees nothing", all)
+	}
+	a.program(t, a, b)
+	if all := got(); len(all) > 0 {
+		t.Errorf("after the repair packets in the clear come from %v", all)
 	}
 }

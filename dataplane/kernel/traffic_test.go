@@ -21,6 +21,7 @@ import (
 // machine is one host of a test network, with its containers.
 type machine struct {
 	*kerneltest.Place
+	fabric     *kerneltest.Place
 	k          *kernel.Kernel
 	self       store.Host
 	under      dataplane.Underlay
@@ -43,7 +44,7 @@ func newMachine(t *testing.T, fabric *kerneltest.Place, i int, v6 bool) *machine
 
 // newMachineWith is newMachine with a port program.
 func newMachineWith(t *testing.T, fabric *kerneltest.Place, i int, v6 bool, program *kernel.Program) *machine {
-	m := &machine{Place: kerneltest.NewPlace(t)}
+	m := &machine{Place: kerneltest.NewPlace(t), fabric: fabric}
 	address := netip.MustParsePrefix(fmt.Sprintf("192.0.2.%d/24", i))
 	if v6 {
 		address = netip.MustParsePrefix(fmt.Sprintf("2001:db8::%d/64", i))
