@@ -31,6 +31,9 @@ type HostOptions struct {
 	// host's ports to it: Address is then the one inside, and Public the router's. Hosts
 	// that name the same router share it, with different ports.
 	NAT string
+	// Router puts the host behind the router of that name, which does no NAT: Address is
+	// one of a subnet of its own, to which all hosts on the cable have a route.
+	Router string
 	// Before is a command that runs on the host before dockerd first starts.
 	Before []string
 	// Flags are added to dockerd's.
@@ -47,7 +50,7 @@ type Host struct {
 	Dir      string     // everything it has on disk; "run" in it is its /run/docker
 
 	lab     *Lab
-	router  *Router // nil: none
+	router  *Router // in front of it; nil: none
 	options HostOptions
 	netns   string
 	holder  *exec.Cmd      // keeps the mount namespace

@@ -148,8 +148,8 @@ func (l *Lab) build(ctx context.Context, o Options) error {
 			return fmt.Errorf("host name %q is empty, longer than 13 characters or used twice", h.Name)
 		}
 		l.Hosts = append(l.Hosts, h)
-		if ho.NAT != "" {
-			if err := l.putBehind(ctx, h, ho.NAT); err != nil {
+		if ho.NAT != "" || ho.Router != "" {
+			if err := l.putBehind(ctx, h, ho.NAT, ho.Router); err != nil {
 				return err
 			}
 		}

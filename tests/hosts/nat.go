@@ -17,12 +17,14 @@ const (
 
 // Router does NAT: it has the public address on the cable, hides behind it all that its
 // hosts send, and forwards to each the ports that are that host's. What comes from inside
-// for the public address it does not turn round, as many do not. All routers have the same
-// addresses inside, as those of homes often have.
+// for the public address it does not turn round, as many do not. All that do NAT have the
+// same addresses inside, as those of homes often have. A plain one (HostOptions.Router)
+// forwards everything as it is.
 type Router struct {
 	Name   string
 	Public netip.Addr
 
+	plain  bool
 	inside netip.Prefix // of its hosts' cable, with its own address there
 	hosts  int
 	lab    *Lab
@@ -39,12 +41,22 @@ func (l *Lab) Router(name string) *Router {
 	return nil
 }
 
-// putBehind gives a host its place behind a router, which is made for the first one and
-// takes its public address.
-func (l *Lab) putBehind(ctx context.Context, h *Host, name string) error {
+// The subnets behind routers: with NAT, and without, of which a lab can have one.
+var (
+	natInside   = netip.MustParsePrefix("192.168.1.1/24")
+	plainInside = netip.MustParsePrefix("198.51.100.1/24")
+)
+
+// putBehind gives a host its place behind a router, a NAT or a plain one, which is made
+// for the first one and takes its public address.
+func (l *Lab) putBehind(ctx context.Context, h *Host, nat, plain string) error {
+	name, inside := nat, natInside
+	if plain != "" {
+		name, inside = plain, plainInside
+	}
 	r := l.Router(name)
 	if r == nil {
-		r = &Router{Name: name, Public: h.Address, inside: netip.MustParsePrefix("192.168.1.1/24"), lab: l, netns: l.Name + "-nat-" + name}
+		r = &Router{Name: name, Public: h.Address, plain: plain != "", inside: inside, lab: l, netns: l.Name + "-nat-" + name}
 		l.routers = append(l.routers, r)
 		if err := r.start(ctx); err != nil {
 			return fmt.Errorf("router %s: %w", name, err)
@@ -54,7 +66,10 @@ func (l *Lab) putBehind(ctx context.Context, h *Host, name string) error {
 	for range r.hosts + 1 {
 		address = address.Next()
 	}
-	h.router, h.Public, h.Address, h.Port = r, r.Public, address, uint16(weftPort+natStep*r.hosts)
+	h.router, h.Address = r, address
+	if !r.plain {
+		h.Public, h.Port = r.Public, uint16(weftPort+natStep*r.hosts)
+	}
 	r.hosts++
 	return nil
 }
@@ -85,10 +100,13 @@ route add default via 192.0.2.1
 	if _, err := r.Exec(ctx, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1"); err != nil {
 		return err
 	}
+	if r.plain {
+		return nil
+	}
 	return r.iptables(ctx, "-t nat -A POSTROUTING -o outer -j MASQUERADE")
 }
 
-// connect plugs a host in, and forwards its ports to it.
+// connect plugs a host in, and forwards its ports to it where it does NAT.
 func (r *Router) connect(ctx context.Context, h *Host) error {
 	mtu := strconv.Itoa(r.lab.Underlay.MTU)
 	if err := ipBatch(ctx, r.netns, `
@@ -104,6 +122,9 @@ link set eth0 up
 route add default via `+r.inside.Addr().String()+`
 `); err != nil {
 		return err
+	}
+	if r.plain {
+		return nil
 	}
 	for _, ports := range []string{
 		fmt.Sprintf("udp --dport %d", h.Port), fmt.Sprintf("tcp --dport %d:%d", h.Port, h.Port+1), fmt.Sprintf("udp --dport %d:%d", h.Port+2, h.Port+3),

@@ -3,6 +3,7 @@ package hosts
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Underlay is the cable between the hosts: a network namespace with a bridge and
@@ -63,6 +66,12 @@ link set `+port(h)+` master `+mainBridge+` up
 	if err != nil {
 		return err
 	}
+	far := ""
+	for _, r := range h.lab.routers {
+		if r.plain {
+			far += "route add " + r.inside.Masked().String() + " via " + r.Public.String() + "\n"
+		}
+	}
 	return ipBatch(ctx, h.netns, `
 link set lo up
 address add `+h.Address.String()+`/24 dev eth0
@@ -70,7 +79,7 @@ address add `+h.Address6.String()+`/64 dev eth0 nodad
 link set eth0 up
 route add default via 192.0.2.1
 route add default via 2001:db8::1
-`)
+`+far)
 }
 
 // port is the host's on the cable, or that of the router in front of it.
@@ -152,6 +161,22 @@ func (u *Underlay) Heal(ctx context.Context, hosts ...*Host) error {
 		fmt.Fprintf(&b, "link set %s nomaster\nlink set %s master %s up\n", port(h), port(h), mainBridge)
 	}
 	return u.script(ctx, b.String())
+}
+
+// Wire opens a packet socket on the cable's end at the host: frames that are written to it
+// arrive there.
+func (h *Host) Wire() (fd int, err error) {
+	err = InNetNS("/run/netns/"+h.lab.Underlay.Namespace, func() error {
+		link, err := net.InterfaceByName(port(h))
+		if err != nil {
+			return err
+		}
+		if fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
+		return unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: link.Index})
+	})
+	return fd, err
 }
 
 // Capture is a running tcpdump.
