@@ -194,3 +194,50 @@ func TestKeyChangesByAge(t *testing.T) {
 		})
 	}
 }
+
+// What is asked for before a change begins is done with it, or once after it; while it runs, more is refused
+// with the reason.
+func TestChangeOfKeyIsAskedForTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, peer, told := newRotator(t)
+		r.ask = make(chan struct{}, 1)
+		s := &services{rotator: r}
+		for range 3 {
+			if err := s.changeKey(); err != nil {
+				t.Errorf("before it begins: %v", err)
+			}
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		over := make(chan error, 1)
+		go func() { over <- r.run(ctx, 0) }()
+		time.Sleep(rotatePoll)
+		synctest.Wait()
+		if err := s.changeKey(); !r.keys.state().rotates() || err == nil || !strings.Contains(err.Error(), "is being changed already") {
+			t.Errorf("while it runs: %v", err)
+		}
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		if n := strings.Count(told.String(), "key was changed"); n != 1 || r.keys.state().rotates() {
+			t.Errorf("it changed %d times:\n%s", n, told)
+		}
+		// One that waits for a peer has not begun: what is asked for now is done once after it.
+		peer.DeadSince = time.Now()
+		putPeer(t, r.db, peer)
+		for range 3 {
+			if err := s.changeKey(); err != nil {
+				t.Errorf("while it waits: %v", err)
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		putPeer(t, r.db, alive(store.Peer{Host: peer.Host}))
+		time.Sleep(5 * time.Minute)
+		stop()
+		if err := <-over; err != nil {
+			t.Error(err)
+		}
+		if n := strings.Count(told.String(), "key was changed"); n != 3 || r.keys.state().rotates() {
+			t.Errorf("after the peer is back it changed %d times in all:\n%s", n, told)
+		}
+	})
+}
