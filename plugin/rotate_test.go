@@ -195,8 +195,8 @@ func TestKeyChangesByAge(t *testing.T) {
 	}
 }
 
-// What is asked for before a change begins is done with it, or once after it; while it runs, more is refused
-// with the reason.
+// What is asked for before a change begins is done with it, or once after it; while it
+// runs, more is refused with the reason.
 func TestChangeOfKeyIsAskedForTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, peer, told := newRotator(t)
