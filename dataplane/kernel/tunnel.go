@@ -122,8 +122,8 @@ func (k *Kernel) putTunnel(o dataplane.WireGuard) error {
 	if err != nil {
 		return err
 	}
-	userspace := k.cfg.WireGuard == "userspace"
-	if l != nil && (l.kind == "wireguard" && userspace || l.kind == "tun" && !userspace && k.tunnels.running(o.Name) == nil && hasModule()) {
+	userspace, module := k.cfg.WireGuard == "userspace", k.cfg.WireGuard == "kernel" || hasModule()
+	if l != nil && (l.kind == "wireguard" && userspace || l.kind == "tun" && !userspace && k.tunnels.running(o.Name) == nil && module) {
 		k.tunnels.end(o.Name)
 		if err := k.remove(o.Name); err != nil {
 			return err

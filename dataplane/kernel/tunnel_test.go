@@ -241,6 +241,29 @@ func TestWireGuardIsRefused(t *testing.T) {
 	refused(t, open(t, kernel.Config{}), "is in use by another program")
 }
 
+// The device that Weft's own WireGuard left is not gone on with where the setting forbids
+// that.
+func TestKernelWireGuardRefusesWhatOwnLeft(t *testing.T) {
+	if os.Getenv("WEFT_GUEST") != "" {
+		t.Skip("this kernel has the module")
+	}
+	before := newKernel(t, kernel.Config{})
+	examples := kerneltest.Examples()
+	e := examples[slices.IndexFunc(examples, func(e kerneltest.Example) bool { return e.Name == "encrypted" })]
+	passHost(t, before, e.HostPlan())
+	before.Close()
+	if _, err := netlink.LinkByName(dataplane.TunnelNames[0]); err != nil {
+		t.Fatal("Weft's own WireGuard left nothing: ", err)
+	}
+	after := open(t, kernel.Config{WireGuard: "kernel"})
+	for range 2 {
+		refused(t, after, "modprobe wireguard")
+	}
+	if all, err := after.Tunnels(t.Context()); len(all) > 0 || err != nil {
+		t.Errorf("devices that work: %+v, %v", all, err)
+	}
+}
+
 // refused makes what a host with an encrypted network needs: of all that, the device
 // alone must fail, with the reason.
 func refused(t *testing.T, k *kernel.Kernel, why string) {
