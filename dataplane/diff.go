@@ -38,8 +38,9 @@ func (o Op) String() string {
 }
 
 // Diff returns the operations that turn have into want: what is to be made or
-// changed in order of kind, then what is to go in reverse order. A joined Veth
-// that is not there is left out, since nobody can make it again.
+// changed in order of kind, then what is to go in reverse order. Services go before all:
+// links reset their clients, and with the last one of a network they stop to. A joined
+// Veth that is not there is left out, since nobody can make it again.
 func Diff(want, have Plan) []Op {
 	var ops, gone []Op
 	for k, w := range want {
@@ -64,7 +65,11 @@ func Diff(want, have Plan) []Op {
 	byKey := func(a, b Op) int { return compareKeys(a.Object.Key(), b.Object.Key()) }
 	slices.SortFunc(ops, byKey)
 	slices.SortFunc(gone, func(a, b Op) int { return -byKey(a, b) })
-	return append(ops, gone...)
+	services := 0 // the last kind
+	for services < len(gone) && gone[services].Object.Key().Kind == KindService {
+		services++
+	}
+	return slices.Concat(gone[:services], ops, gone[services:])
 }
 
 // lost reports whether w is a joined link, or belongs to one, that is not there.
