@@ -8,10 +8,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -46,6 +44,7 @@ func TestVIP(t *testing.T) {
 				{"its own tasks", v.ownTasks, false},
 				{"other protocols", v.otherProtocols, false},
 				{"other modes", v.modes, false},
+				{"health", v.health, false},
 				{"plugin killed", v.pluginKilled, false},
 				{"updates and kills", v.updatesAndKills, false},
 				{"killed in mid-change", v.killedInMidChange, false},
@@ -312,78 +311,6 @@ func roundTrip(c net.Conn) error {
 	return err
 }
 
-// updatesAndKills asks all the time while the service is updated and its tasks are
-// killed.
-func (v *vips) updatesAndKills(t *testing.T) {
-	want := 2000
-	if soak() {
-		want = 10000
-	}
-	var mu sync.Mutex
-	var asked, refused, hung int
-	done := make(chan struct{})
-	var wait sync.WaitGroup
-	for _, c := range v.clients {
-		ns := netnsOf(t, c)
-		for range 2 {
-			wait.Go(func() {
-				for {
-					select {
-					case <-done:
-						return
-					default:
-					}
-					_, err := answerer(ns, v.address.String())
-					mu.Lock()
-					asked++
-					switch {
-					case err == nil:
-					case errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.ETIMEDOUT):
-						hung++
-						t.Logf("hung: %v", err)
-					default: // the task ends, and Docker has not said so yet
-						refused++
-					}
-					mu.Unlock()
-					time.Sleep(5 * time.Millisecond)
-				}
-			})
-		}
-	}
-	kill := func() {
-		tasks := v.tasks(t, v.lab.Hosts[0], "web", 3)
-		docker(t, v.lab.Host(tasks[0].Host), "kill", tasks[0].Container)
-		pause(t, 2*time.Second)
-		v.tasks(t, v.lab.Hosts[0], "web", 3)
-	}
-	for i := 0; ; i++ {
-		v.update(t, "web", 3, "--force", "--update-parallelism", "1", "--update-order", "start-first")
-		kill()
-		mu.Lock()
-		enough := asked >= want && i >= 2
-		mu.Unlock()
-		if enough {
-			break
-		}
-	}
-	close(done)
-	wait.Wait()
-	if hung > 0 {
-		t.Errorf("%d of %d connections hung", hung, asked)
-	}
-	figure(t, "VIP connections during updates and kills", asked, "%d hung, %d ended with their task; target 0 hung", hung, refused)
-	v.settled(t)
-	// All is known again: nothing fails any more.
-	for _, c := range v.clients {
-		ns := netnsOf(t, c)
-		for range 100 {
-			if _, err := answerer(ns, v.address.String()); err != nil {
-				t.Fatalf("host %s: %v", c.Host.Name, err)
-			}
-		}
-	}
-}
-
 // killedInMidChange kills the plugin at the step that changes the tasks of a service.
 func (v *vips) killedInMidChange(t *testing.T) {
 	h := v.lab.Hosts[1]
@@ -402,21 +329,11 @@ func (v *vips) anotherLeader(t *testing.T) {
 	if err := old.StopDockerd(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	asked := 0
+	// Tasks of the host without dockerd are dead, and known to be soon: their host said so.
 	for _, c := range v.clients {
-		if c.Host == old {
-			continue
+		if c.Host != old {
+			v.answeredBy(t, c, func(string) bool { return true })
 		}
-		ns := netnsOf(t, c)
-		for range 50 {
-			// Tasks of the host without dockerd are dead, and known to be soon.
-			if _, err := answerer(ns, v.address.String()); err == nil {
-				asked++
-			}
-		}
-	}
-	if asked == 0 {
-		t.Error("nobody answers while there is no leader")
 	}
 	v.leader(t, old)
 	if err := old.StartDockerd(t.Context()); err != nil {
