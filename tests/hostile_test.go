@@ -66,6 +66,7 @@ func TestHostile(t *testing.T) {
 			for _, s := range segments {
 				t.Run(s.name, func(t *testing.T) { x.attack(t, s) })
 			}
+			t.Run("without the plugin", x.withoutPlugin)
 			figure(t, "hostile frames on "+name, x.sent, "accepted %d, victims and hosts changed %d (target 0); as many on Docker's bridge: %s", x.accepted, x.changed, x.beside)
 			for _, h := range lab.Hosts {
 				clean(t, h)
@@ -81,6 +82,23 @@ type hostile struct {
 	sent, accepted int // on networks with the guard
 	changed        int
 	beside         string
+	guarded        []scene
+}
+
+// scene is a network with the guard, and who is on it.
+type scene struct {
+	segment
+	attacker member
+	victims  []member
+}
+
+// known are all that may be in the tables of the network's members.
+func (s scene) known() []kerneltest.Station {
+	all := []kerneltest.Station{s.attacker.Station, {MAC: s.next, IPv4: netip.AddrFrom4([4]byte{10, byte(s.second), 0, 1})}}
+	for _, v := range s.victims {
+		all = append(all, v.Station)
+	}
+	return all
 }
 
 // attack makes the network, and attacks from one container of it.
@@ -97,9 +115,8 @@ func (x *hostile) attack(t *testing.T, s segment) {
 	if !s.bridge {
 		victims = append(victims, x.join(t, b, s, "far"))
 	}
-	known := []kerneltest.Station{attacker.Station, {MAC: s.next, IPv4: netip.AddrFrom4([4]byte{10, byte(s.second), 0, 1})}}
+	known := scene{s, attacker, victims}.known()
 	for _, v := range victims {
-		known = append(known, v.Station)
 		for _, pair := range [][2]member{{attacker, v}, {v, attacker}} {
 			reach(t, pair[0].Container, pair[1].IPv4.String())
 			reach(t, pair[0].Container, pair[1].IPv6.String())
@@ -125,13 +142,7 @@ func (x *hostile) attack(t *testing.T, s segment) {
 			t.Logf("the first that %s accepts: %s", e.of.Name, e.first)
 		}
 	}
-	changed := 0
-	for name, after := range x.look(t, victims, known) {
-		if !slices.Equal(before[name], after) {
-			changed++
-			t.Logf("%s changed:\n%s", name, cmp.Diff(before[name], after))
-		}
-	}
+	changed := changes(t, before, x.look(t, victims, known))
 	total := 0
 	for _, n := range sent {
 		total += n
@@ -159,6 +170,7 @@ func (x *hostile) attack(t *testing.T, s segment) {
 		attacker.changesMAC(t, victims)
 		attacker.sendsJumbo(t, victims)
 		attacker.sendsFragments(t, s.next, victims)
+		x.guarded = append(x.guarded, scene{s, attacker, victims})
 	}
 	figure(t, "hostile frames, "+s.name+" on "+x.name, total, "%s", said)
 }
@@ -188,14 +200,33 @@ func (x *hostile) join(t *testing.T, h *hosts.Host, s segment, name string, args
 // look reads the tables of the victims and hosts, by name.
 func (x *hostile) look(t *testing.T, victims []member, known []kerneltest.Station) map[string][]string {
 	t.Helper()
-	all := map[string][]string{}
-	for _, v := range victims {
-		all[v.Name] = tables(t, netnsOf(t, v.Container), regexp.MustCompile("^"+v.link+"$"), known...)
-	}
+	all := lookAt(t, victims, known)
 	for _, h := range x.lab.Hosts {
 		all["host "+h.Name] = tables(t, h.NetNS(), regexp.MustCompile("^(weft|br-)"), known...)
 	}
 	return all
+}
+
+// lookAt reads the tables of the victims alone, by name.
+func lookAt(t *testing.T, victims []member, known []kerneltest.Station) map[string][]string {
+	t.Helper()
+	all := map[string][]string{}
+	for _, v := range victims {
+		all[v.Name] = tables(t, netnsOf(t, v.Container), regexp.MustCompile("^"+v.link+"$"), known...)
+	}
+	return all
+}
+
+// changes counts the tables that are not as before.
+func changes(t *testing.T, before, now map[string][]string) (n int) {
+	t.Helper()
+	for name, after := range now {
+		if !slices.Equal(before[name], after) {
+			n++
+			t.Logf("%s changed:\n%s", name, cmp.Diff(before[name], after))
+		}
+	}
+	return n
 }
 
 // talks: the ears are open, and the network is too for what may pass.
