@@ -113,7 +113,7 @@ func (x *hostile) withoutPlugin(t *testing.T) {
 
 	accepted, times, slowest := int64(0), 0, time.Duration(0)
 	for _, m := range all {
-		for _, away := range []string{"filter del dev %d ingress", "qdisc del dev %d clsact"} {
+		for _, away := range []string{"filter del dev LINK ingress", "qdisc del dev LINK clsact"} {
 			before := m.accepted(t)
 			slowest = max(slowest, x.detached(t, h, m, away))
 			repaired := m.accepted(t)
@@ -147,7 +147,7 @@ func (x *hostile) detached(t *testing.T, h *hosts.Host, m *stream, away string) 
 			link = e.Link
 		}
 	}
-	if out, err := h.Exec(t.Context(), "sh", "-c", "tc "+strings.Replace(away, "%d", link, 1)); err != nil {
+	if out, err := h.Exec(t.Context(), "sh", "-c", "tc "+strings.Replace(away, "LINK", link, 1)); err != nil {
 		t.Fatalf("network %s: tc %s: %v %s", m.name, away, err, out)
 	}
 	return eventually(t, eventLimit+10*time.Second, "the program is on the attacker's link again", func(ctx context.Context) error {
