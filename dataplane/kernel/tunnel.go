@@ -124,11 +124,13 @@ func (k *Kernel) putTunnel(o dataplane.WireGuard) error {
 	}
 	userspace, module := k.cfg.WireGuard == "userspace", k.cfg.WireGuard == "kernel" || hasModule()
 	if l != nil && (l.kind == "wireguard" && userspace || l.kind == "tun" && !userspace && k.tunnels.running(o.Name) == nil && module) {
-		k.tunnels.end(o.Name)
 		if err := k.remove(o.Name); err != nil {
 			return err
 		}
 		l = nil
+	}
+	if l == nil {
+		k.tunnels.end(o.Name) // it may not have noticed yet that its link is gone
 	}
 	if l == nil && !userspace {
 		err = k.build(o.Name, create(o.Name, "wireguard", nil, mtuAttr(o.MTU)), change(o.Name, aliasAttr(dataplane.TunnelAlias)))
