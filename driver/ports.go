@@ -65,6 +65,9 @@ func parsePorts(options map[string]any) ([]ask, error) {
 			}
 			a.HostIP = a.HostIP.Unmap()
 		}
+		if a.Proto == "sctp" && a.HostIP == netip.IPv6Loopback() { // rules do not lead there, and SCTP is not relayed
+			return nil, fmt.Errorf("SCTP port %d cannot be published on ::1; use another address of the host", b.Port)
+		}
 		out = append(out, a)
 	}
 	return out, nil

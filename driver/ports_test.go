@@ -231,6 +231,7 @@ func TestPortsRefused(t *testing.T) {
 		`{"Proto":6,"Port":80,"HostIP":"me","HostPort":8080}`:      "is no address",
 		`{"Proto":6,"Port":80,"HostIP":"fd00::1","HostPort":8080}`: "no address of that family",
 		`{"Proto":6,"Port":99999,"HostPort":8080}`:                 "not a list of ports",
+		`{"Proto":132,"Port":80,"HostIP":"::1","HostPort":8080}`:   "SCTP port 80 cannot be published on ::1",
 	} {
 		if got, err := publish(epA, ports); err == nil || !strings.Contains(err.Error(), want) || len(got) > 0 {
 			t.Errorf("%s: %v, %v; want %q", ports, got, err, want)

@@ -19,8 +19,8 @@ const (
 )
 
 // holdPort binds a port of the host until it is closed. What reaches it all the same,
-// past the rules that lead to the container, is turned away; but from the host's own
-// loopback it is handed on: rules cannot lead ::1 anywhere else.
+// past the rules that lead to the container, is turned away; but what comes from the host's
+// own loopback is handed on, by TCP and UDP: rules cannot lead ::1 anywhere else.
 func holdPort(proto string, at, to netip.AddrPort) (io.Closer, error) {
 	family := "4"
 	if at.Addr().Is6() {
@@ -39,7 +39,11 @@ func holdPort(proto string, at, to netip.AddrPort) (io.Closer, error) {
 		if err != nil {
 			return nil, err
 		}
-		_ = c.SetReadBuffer(0) // nobody reads
+		if a := at.Addr(); a == netip.IPv6Loopback() || a == netip.IPv6Unspecified() {
+			go (&udpRelay{in: c, to: to, idle: relayIdle}).serve()
+		} else {
+			_ = c.SetReadBuffer(0) // nobody reads
+		}
 		return c, nil
 	}
 	return holdSCTP(at)
