@@ -8,6 +8,9 @@ import (
 	"github.com/weftnet/weft/store"
 )
 
+// dockerBridges are Docker's bridges by the names that it gives them.
+var dockerBridges = []string{"docker+", "br-+"}
+
 // ledBridges returns the networks with a bridge and their own gateway.
 func ledBridges(v6 bool, networks []store.Network) []store.Network {
 	return chosen(v6, networks, func(n store.Network) bool { return n.OwnGateway() && !n.Routed() })
@@ -41,21 +44,68 @@ func planLed(p Plan, b Bridge, n store.Network, local []store.Endpoint) {
 	}
 }
 
+// closedForward keeps networks out of which Weft does not lead, internal ones among them,
+// to themselves: what is published on this host, by Weft or by Docker, is outside too, and
+// the gateway's address is one of the host's.
+func closedForward(v6 bool, networks []store.Network) (rules []string) {
+	for _, n := range throughHost(v6, networks) {
+		b := BridgeName(n.VNI)
+		switch {
+		case n.OwnGateway() && !n.Internal:
+		case !n.Routed():
+			rules = append(rules, "-i "+b+" -j DROP", "-o "+b+" -j DROP")
+		default:
+			for _, a := range pools(v6, n) {
+				rules = append(rules, fmt.Sprintf("-i %s+ -s %s -j DROP", vethPrefix, a), fmt.Sprintf("-o %s+ -d %s -j DROP", vethPrefix, a))
+			}
+		}
+	}
+	return rules
+}
+
+// closedInput keeps such networks from this host's own ports, where a process may hand on
+// to what is published (Docker's docker-proxy does). They may ping it, and answer it.
+// Bridges are closed to it anyway.
+func closedInput(v6 bool, networks []store.Network) (rules []string) {
+	icmp := map[bool]string{false: "icmp", true: "ipv6-icmp"}[v6]
+	for _, n := range routedNetworks(v6, networks) {
+		if n.OwnGateway() && !n.Internal {
+			continue
+		}
+		for _, a := range pools(v6, n) {
+			rules = append(rules, fmt.Sprintf("-i %s+ -s %s ! -p %s -m conntrack --ctstate NEW -j DROP", vethPrefix, a, icmp))
+		}
+	}
+	return rules
+}
+
+// dockersForward leaves to Docker's rules, behind ours, what its bridges begin to send to
+// published ports: they keep its own internal networks from these.
+func dockersForward(v6 bool, networks []store.Network) (rules []string) {
+	if len(throughHost(v6, networks)) == 0 {
+		return nil
+	}
+	for _, from := range dockerBridges {
+		rules = append(rules, "-i "+from+" -o "+LinkPrefix+"+ -m conntrack --ctstate NEW -m conntrack --ctstate DNAT -j RETURN")
+	}
+	return rules
+}
+
 // ledForward lets the endpoints of bridges with their own gateway out, and in what they
 // asked for or what is published; between networks, and to and from Docker's own
 // bridges, nothing else passes.
 func ledForward(v6 bool, networks []store.Network) (rules []string) {
-	led := ledBridges(v6, networks)
-	for _, n := range led {
-		rules = append(rules, "-o "+BridgeName(n.VNI)+" -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT")
+	led := slices.DeleteFunc(ledBridges(v6, networks), func(n store.Network) bool { return n.Internal })
+	for _, way := range []string{"-o ", "-i "} {
+		for _, n := range led {
+			rules = append(rules, way+BridgeName(n.VNI)+" -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT")
+		}
 	}
 	for _, n := range led {
 		b := BridgeName(n.VNI)
-		rules = append(rules, "-i "+b+" -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT")
-		if n.Internal {
-			continue
+		for _, to := range append([]string{LinkPrefix + "+"}, dockerBridges...) {
+			rules = append(rules, "-i "+b+" -o "+to+" -j DROP")
 		}
-		rules = append(rules, "-i "+b+" -o "+LinkPrefix+"+ -j DROP", "-i "+b+" -o docker+ -j DROP", "-i "+b+" -o br-+ -j DROP")
 		for _, a := range pools(v6, n) {
 			rules = append(rules, fmt.Sprintf("-i %s -s %s -j ACCEPT", b, a))
 		}

@@ -232,21 +232,14 @@ func routedTrack(v6 bool, s store.HostSnapshot) (rules []string) {
 	return rules
 }
 
-// routedForward lets the endpoints of each routed network talk among themselves, and
-// outwards if it is not internal; between networks, and to and from Docker's own
-// bridges, nothing passes.
-func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
-	routed := routedNetworks(v6, networks)
-	if len(routed) == 0 {
-		return nil
-	}
+// routedWithin lets the endpoints of each routed network talk among themselves.
+func routedWithin(v6 bool, networks []store.Network, u Underlay) []string {
 	rules := encryptedForward(v6, networks)
-	veths := vethPrefix + "+"
-	for _, n := range routed {
+	for _, n := range routedNetworks(v6, networks) {
 		if n.Encrypted {
 			continue
 		}
-		from := []string{veths, VXLANName(n.VNI), tunnelPrefix + "+"}
+		from := []string{vethPrefix + "+", VXLANName(n.VNI), tunnelPrefix + "+"}
 		if u.Link != "" {
 			from = append(from, u.Link)
 		}
@@ -258,12 +251,28 @@ func routedForward(v6 bool, networks []store.Network, u Underlay) []string {
 			}
 		}
 	}
-	rules = append(rules,
-		"-o "+veths+" -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT",
-		"-i "+veths+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
-		"-o "+veths+" -j DROP",
-		"-i "+vxlanPrefix+"+ -j DROP", "-o "+vxlanPrefix+"+ -j DROP", "-i "+tunnelPrefix+"+ -j DROP", "-o "+tunnelPrefix+"+ -j DROP",
-		"-i "+veths+" -o docker+ -j DROP", "-i "+veths+" -o br-+ -j DROP")
+	return rules
+}
+
+// routedForward lets the endpoints of routed networks out, and in what they asked for or
+// what is published; between networks, and to and from Docker's own bridges, nothing else
+// passes.
+func routedForward(v6 bool, networks []store.Network) []string {
+	routed := routedNetworks(v6, networks)
+	if len(routed) == 0 {
+		return nil
+	}
+	veths := vethPrefix + "+"
+	rules := []string{
+		"-o " + veths + " -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT",
+		"-i " + veths + " -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+		"-o " + veths + " -j DROP",
+		"-i " + vxlanPrefix + "+ -j DROP", "-o " + vxlanPrefix + "+ -j DROP", "-i " + tunnelPrefix + "+ -j DROP", "-o " + tunnelPrefix + "+ -j DROP",
+		"-i " + veths + " -m conntrack --ctstate DNAT -j ACCEPT", // a port that Docker publishes
+	}
+	for _, to := range dockerBridges {
+		rules = append(rules, "-i "+veths+" -o "+to+" -j DROP")
+	}
 	for _, n := range routed {
 		if n.Internal || !n.OwnGateway() {
 			continue

@@ -315,6 +315,7 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 	}
 	in = append(in, vxlan+" -j DROP")
 	in = append(in, ledInput(v6, s.Networks)...)
+	in = append(in, closedInput(v6, s.Networks)...)
 	in = append(in, "-i "+bridgePrefix+"+ -j DROP")
 	p.Add(NewChain("raw", v6, chainPrerout, raw...))
 	p.Add(NewChain("raw", v6, chainOutput, vxlan+" -j CT --notrack"))
@@ -360,9 +361,12 @@ func planForward(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 	}
 	slices.Sort(within)
 	rules := append(leakGuard(v6, s, u), within...)
+	rules = append(rules, routedWithin(v6, s.Networks, u)...)
+	rules = append(rules, closedForward(v6, s.Networks)...)
+	rules = append(rules, dockersForward(v6, s.Networks)...)
 	rules = append(rules, ledForward(v6, s.Networks)...)
 	rules = append(rules, "-i "+bridgePrefix+"+ -j DROP", "-o "+bridgePrefix+"+ -j DROP")
-	rules = append(rules, routedForward(v6, s.Networks, u)...)
+	rules = append(rules, routedForward(v6, s.Networks)...)
 	p.Add(NewChain("filter", v6, chainForward, rules...))
 	p.Add(Jump{"filter", v6, "FORWARD", chainForward})
 }

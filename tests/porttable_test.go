@@ -27,22 +27,29 @@ func (r *routed) portTable(t *testing.T) {
 	for _, c := range []hosts.Container{weft, own} {
 		serve(t, c, "word")
 	}
-	type asks func(ctx context.Context, address string) (string, error)
-	in := func(c hosts.Container) asks {
-		return func(ctx context.Context, address string) (string, error) { return fetch(ctx, c, address) }
+	type ask func(ctx context.Context, address string) (string, error)
+	in := func(c hosts.Container, port string) ask {
+		return func(ctx context.Context, address string) (string, error) {
+			return fetch(ctx, c, net.JoinHostPort(address, port))
+		}
 	}
-	from := func(h *hosts.Host) asks {
-		return func(ctx context.Context, address string) (string, error) { return hostFetch(ctx, h, address) }
+	from := func(h *hosts.Host, port string) ask {
+		return func(ctx context.Context, address string) (string, error) {
+			return hostFetch(ctx, h, net.JoinHostPort(address, port))
+		}
 	}
-	clients := map[string][2]asks{ // to Weft's port, to Docker's
-		"another host":                     {from(b), from(b)},
-		"the host":                         {from(a), from(a)},
-		"the container itself":             {in(weft), in(own)},
-		"a container of its network":       {in(near), in(ownNear)},
-		"a container of another network":   {in(beside), in(bridge)},
-		"a container on Docker's bridge":   {in(bridge), in(bridge)},
-		"a container on another host":      {in(far), in(far)},
-		"Docker's network, the other port": {in(ownNear), in(near)},
+	const ours, dockers = "8070", "8071"
+	clients := map[string][2]ask{ // where Weft has a part, and where Docker is alone
+		"another host":                           {from(b, ours), from(b, dockers)},
+		"the host":                               {from(a, ours), from(a, dockers)},
+		"the container itself":                   {in(weft, ours), in(own, dockers)},
+		"a container of its network":             {in(near, ours), in(ownNear, dockers)},
+		"a container of another network":         {in(beside, ours), in(bridge, dockers)},
+		"a container on Docker's bridge":         {in(bridge, ours), in(bridge, dockers)},
+		"a container on another host":            {in(far, ours), in(far, dockers)},
+		"Docker's network, Weft's port":          {in(ownNear, ours), in(ownNear, dockers)},
+		"Weft's network, Docker's port":          {in(near, dockers), in(ownNear, dockers)},
+		"the published container, Docker's port": {in(weft, dockers), in(ownNear, dockers)},
 	}
 	targets := map[string]string{"IPv4": a.Address.String(), "127.0.0.1": "127.0.0.1", "IPv6": a.Address6.String(), "::1": "::1"}
 	var lines []string
@@ -53,9 +60,9 @@ func (r *routed) portTable(t *testing.T) {
 				continue
 			}
 			answers := [2]bool{}
-			for i, port := range []string{"8070", "8071"} {
+			for i, ask := range pair {
 				for range 3 { // names of the hosts may still be on their way
-					out, err := pair[i](t.Context(), net.JoinHostPort(address, port))
+					out, err := ask(t.Context(), address)
 					if answers[i] = err == nil && strings.Contains(out, "word"); answers[i] {
 						break
 					}
@@ -63,7 +70,7 @@ func (r *routed) portTable(t *testing.T) {
 			}
 			asked++
 			word := map[bool]string{true: "answers", false: "-"}
-			line := fmt.Sprintf("%-34s %-10s Weft %-8s Docker's bridge %s", who, what, word[answers[0]], word[answers[1]])
+			line := fmt.Sprintf("%-40s %-10s Weft %-8s Docker alone %s", who, what, word[answers[0]], word[answers[1]])
 			if answers[1] && !answers[0] {
 				worse++
 				t.Errorf("only Docker answers: %s", line)
