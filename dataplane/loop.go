@@ -91,6 +91,9 @@ type NetworkStatus struct {
 	Held     string    `json:"held,omitempty"` // why deletions wait
 	// Full counts by kind ("dest", "service") what the port program had no room for.
 	Full map[string]int `json:"full,omitempty"`
+	// Contests are the first of what two living hosts claim, Contested is how many.
+	Contests  []Contest `json:"contests,omitempty"`
+	Contested int       `json:"contested,omitempty"`
 }
 
 // Stats counts what the loop did since its start.
@@ -338,8 +341,8 @@ func (l *Loop) serve(ctx context.Context, r request) {
 	failed := map[store.VNI]error{}
 	for _, r := range batch {
 		if r.explain {
-			want, have, _, err := l.compare(ctx, r.vni, true)
-			r.reply <- reply{err: err, want: want, have: have, ops: l.network(r.vni).possible(Diff(want, have))}
+			c, err := l.compare(ctx, r.vni, true)
+			r.reply <- reply{err: err, want: c.want, have: c.have, ops: l.network(r.vni).possible(Diff(c.want, c.have))}
 			continue
 		}
 		_, passed := failed[r.vni]

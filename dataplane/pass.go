@@ -44,17 +44,17 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	n := l.network(v)
 	changed, fresh := n.changed, n.have == nil
 	n.due, n.changed = time.Time{}, false
-	want, have, held, err := l.compare(ctx, v, fresh)
+	c, err := l.compare(ctx, v, fresh)
 	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
 		n.have, n.changed = nil, true // for finish
 		return nil, err               // the process ends: nothing is wrong with the kernel
 	}
 	if err != nil {
-		l.done(v, 0, nil, "", err)
+		l.done(v, comparison{}, nil, err)
 		return nil, err
 	}
-	ops, waits := l.withhold(want, Diff(want, have))
-	held = cmp.Or(waits, held)
+	ops, waits := l.withhold(c.want, Diff(c.want, c.have))
+	c.held = cmp.Or(waits, c.held)
 	errs, full := splitFull(l.kernel.Apply(ctx, ops))
 	if len(errs) > 0 && errors.Is(ctx.Err(), context.Canceled) {
 		n.have, n.changed = nil, true
@@ -65,7 +65,7 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 		n.changed = changed
 		return l.passOne(ctx, v)
 	}
-	n.have = have
+	n.have = c.have
 	apply(n.have, ops)
 	mended := slices.DeleteFunc(slices.Clone(ops), func(op Op) bool { return full[op.Object.Key()] })
 	mended = n.possible(mended) // for which there is room now
@@ -73,9 +73,9 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 	if fresh && !changed && n.failures == 0 && len(mended) > len(errs) {
 		l.repaired(v, mended)
 	}
-	l.done(v, len(want), ops, held, joinErrors(errs))
+	l.done(v, c, ops, joinErrors(errs))
 	if fresh {
-		l.findMissing(v, want, have)
+		l.findMissing(v, c.want, c.have)
 	}
 	return errs, nil
 }
@@ -121,38 +121,46 @@ func (l *Loop) passEndpoint(ctx context.Context, v store.VNI, e store.EndpointID
 	return !l.lost(v, e)
 }
 
-// compare returns what the kernel should hold and what it holds for a network, and why
-// peers that say nothing still have their entries, if they do.
-func (l *Loop) compare(ctx context.Context, v store.VNI, fresh bool) (want, have Plan, held string, err error) {
+// comparison is what the kernel should hold and what it holds.
+type comparison struct {
+	want, have Plan
+	held       string // why peers that say nothing still have their entries
+	contests   []Contest
+}
+
+// compare returns what the kernel should hold and what it holds for a network.
+func (l *Loop) compare(ctx context.Context, v store.VNI, fresh bool) (c comparison, err error) {
 	n := l.network(v)
 	if v == store.HostVNI && (fresh || l.address() != l.asked) || v != store.HostVNI && l.network(store.HostVNI).lookedAt.IsZero() {
 		if err := l.findUnderlay(ctx); err != nil {
-			return nil, nil, "", err
+			return comparison{}, err
 		}
 	}
-	have = n.have
-	if fresh || have == nil {
+	c.have = n.have
+	if fresh || c.have == nil {
 		n.lookedAt = time.Now()
-		if have, err = l.kernel.Read(ctx, v); err != nil {
-			return nil, nil, "", fmt.Errorf("read the kernel: %w", err)
+		if c.have, err = l.kernel.Read(ctx, v); err != nil {
+			return comparison{}, fmt.Errorf("read the kernel: %w", err)
 		}
 	}
 	if v == store.HostVNI {
 		s, err := l.db.HostSnapshot()
 		if err != nil {
-			return nil, nil, "", err
+			return comparison{}, err
 		}
 		// Those behind a NAT, for whom it is there, may be still to come.
-		_, s.Tunnel = have[Key{Kind: KindWireGuard, Name: TunnelNames[0]}]
+		_, s.Tunnel = c.have[Key{Kind: KindWireGuard, Name: TunnelNames[0]}]
 		s.Tunnel = s.Tunnel && !l.inSync()
-		return PlanHost(s, l.Underlay()), have, silence(s.Peers), nil
+		c.want, c.held = PlanHost(s, l.Underlay()), silence(s.Peers)
+		return c, nil
 	}
 	s, err := l.db.Snapshot(v)
 	if err != nil {
-		return nil, nil, "", err
+		return comparison{}, err
 	}
-	want, err = PlanNetwork(s, l.Underlay())
-	return want, have, silence(s.Peers), err
+	c.held = silence(s.Peers)
+	c.want, c.contests, err = planNetwork(s, l.Underlay(), c.have, l.inSync())
+	return c, err
 }
 
 // apply changes a plan as the kernel was changed.
@@ -250,11 +258,17 @@ func (l *Loop) Missing(v store.VNI) []store.EndpointID {
 
 // done records how a pass went and plans the next try after a failure. Only a
 // change of health is logged.
-func (l *Loop) done(v store.VNI, objects int, ops []Op, held string, err error) {
-	n, now := l.network(v), time.Now()
+func (l *Loop) done(v store.VNI, c comparison, ops []Op, err error) {
+	n, now, objects, held := l.network(v), time.Now(), len(c.want), c.held
 	l.mu.Lock()
 	old := l.status[v]
-	s := NetworkStatus{VNI: v, LastPass: now, Objects: objects, Held: held, Full: n.countFull()}
+	s := NetworkStatus{VNI: v, LastPass: now, Objects: objects, Held: held, Contests: old.Contests, Contested: old.Contested, Full: n.countFull()}
+	var tell []Contest
+	later := false
+	if c.want != nil {
+		s.Contests, s.Contested = firstContests(c.contests, old.Contests, now), len(c.contests)
+		tell, later = ripe(s.Contests, now)
+	}
 	l.stats.Passes++
 	l.stats.Ops += uint64(len(ops))
 	if err != nil {
@@ -284,6 +298,10 @@ func (l *Loop) done(v store.VNI, objects int, ops []Op, held string, err error) 
 	if s.Full != nil && old.Full == nil {
 		l.log.Warn("the port program's maps are full: destinations that it does not know are reached through the host's stack, services not at all", "vni", v, "unknown", s.Full)
 	}
+	for _, c := range tell {
+		l.log.Warn("two hosts have one address", "vni", v, "address", c.What, "used", c.Used.Name, "host", c.Used.Host, "endpoint", c.Used.Endpoint,
+			"other", c.Other.Name, "otherHost", c.Other.Host, "otherEndpoint", c.Other.Endpoint, "all", s.Contested)
+	}
 	switch {
 	case err != nil:
 		n.failures++
@@ -296,6 +314,9 @@ func (l *Loop) done(v store.VNI, objects int, ops []Op, held string, err error) 
 		delete(l.networks, v)
 	default:
 		n.failures = 0
+	}
+	if later {
+		n.dueAt(now.Add(tellAfter))
 	}
 }
 

@@ -21,7 +21,6 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 		p.Add(Route{VNI: n.VNI, Prefix: sub.Pool})
 	}
 	mtu := InnerMTU(n, s.Self, s.Around, u)
-	taken := map[netip.Addr]bool{}
 	for _, e := range s.Endpoints {
 		if e.Left {
 			continue
@@ -33,7 +32,6 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 			if !a.IsValid() {
 				continue
 			}
-			taken[a] = true
 			p.Add(Route{VNI: n.VNI, Prefix: netip.PrefixFrom(a, a.BitLen()), Link: veth})
 			p.Add(Neigh{Link: veth, IP: a, MAC: e.MAC})
 		}
@@ -43,29 +41,22 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 	planServices(p, s, u)
 	switch {
 	case n.Encrypted:
-		planEncrypted(p, s, u, taken)
+		planEncrypted(p, s, u)
 	case u.Address.IsValid():
-		planPeers(p, s, u, taken)
+		planPeers(p, s, u)
 	}
 }
 
 // planPeers adds the ways to the peers' endpoints: a plain route, or where that does not
 // lead there a tunnel.
-func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) {
+func planPeers(p Plan, s store.Snapshot, u Underlay) {
 	n, vx := *s.Network, VXLANName(s.Network.VNI)
 	p.Add(VXLAN{Name: vx, Alias: NetworkAlias(n), VNI: n.VNI, Local: u.Address, Underlay: u.Link, Port: s.Self.DataPort,
 		MTU: tunnelMTU(u), MAC: tunnelMAC(s.Self.ID, vx), Up: true, NoChecksum: u.NoChecksum})
-	peers := map[store.HostID]store.Peer{}
-	for _, peer := range s.Peers {
-		if across(s.Self, peer, u) && tunnelled(s.Self, peer.Host) {
-			peers[peer.ID] = peer
-		}
-	}
 	for _, peer := range reachable(s, u) {
-		peers[peer.ID] = peer
 		p.Add(FDB{Link: vx, MAC: tunnelMAC(peer.ID, vx), Dst: peer.Address})
 	}
-	planWays(p, s, peers, taken, func(peer store.Peer, a netip.Addr) Route {
+	planWays(p, s, u, func(peer store.Peer, a netip.Addr) Route {
 		switch {
 		case across(s.Self, peer, u):
 			return planTunnelled(p, s, peer, a, u)
@@ -83,24 +74,18 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) 
 	})
 }
 
-// planWays adds a route to each address of the endpoints of peers, that way tells. Where
-// two records claim one address, a local one wins (taken), then a living peer's, then the
-// lower host id.
-func planWays(p Plan, s store.Snapshot, peers map[store.HostID]store.Peer, taken map[netip.Addr]bool, way func(store.Peer, netip.Addr) Route) {
-	dead := map[store.HostID]bool{}
-	for _, peer := range s.Peers {
-		dead[peer.ID] = !peer.DeadSince.IsZero()
-	}
-	for _, e := range byClaim(s.Remote, dead) {
+// planWays adds a route to each address of the endpoints of peers, that way tells.
+func planWays(p Plan, s store.Snapshot, u Underlay, way func(store.Peer, netip.Addr) Route) {
+	peers := reached(s, u)
+	for _, e := range s.Remote {
 		peer, ok := peers[e.Owner]
 		if !ok {
 			continue
 		}
 		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
-			if !a.IsValid() || taken[a] {
+			if !a.IsValid() {
 				continue
 			}
-			taken[a] = true
 			r := way(peer, a)
 			r.VNI, r.Prefix = s.Network.VNI, netip.PrefixFrom(a, a.BitLen())
 			p.Add(r)

@@ -110,20 +110,32 @@ func tunnelMTU(u Underlay) int {
 // PlanNetwork returns what the kernel must hold for one network: nothing when the
 // host does not run it.
 func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
+	p, _, err := planNetwork(s, u, nil, true)
+	return p, err
+}
+
+// planNetwork is PlanNetwork for a kernel that holds something already, by which is
+// decided whose an address is (settle), and returns what was decided. heard: the hosts
+// have told what they have.
+func planNetwork(s store.Snapshot, u Underlay, have Plan, heard bool) (p Plan, contests []Contest, err error) {
 	// Three objects an endpoint; a map that grows costs more than what it holds.
-	p := make(Plan, 3*len(s.Remote)+2*len(s.Endpoints)+len(s.Peers)+2)
+	p = make(Plan, 3*len(s.Remote)+2*len(s.Endpoints)+len(s.Peers)+2)
 	if s.Network == nil {
-		return p, nil
+		return p, nil, nil
 	}
 	n := *s.Network
 	s.Remote = given(s.Remote, n)
+	if !heard {
+		s.Remote = unheardOf(s, have)
+	}
+	s.Remote, contests = settle(s, u, have)
 	s.Services = slices.DeleteFunc(slices.Clone(s.Services), func(o store.Service) bool { return !n.Gives(o.VIP) })
 	if n.Routed() {
 		planRouted(p, s, u)
-		return p, nil
+		return p, contests, nil
 	}
 	if n.Mode != store.ModeVXLAN {
-		return nil, fmt.Errorf("network %s: mode %q is not known to this version", n.ID, n.Mode)
+		return nil, nil, fmt.Errorf("network %s: mode %q is not known to this version", n.ID, n.Mode)
 	}
 	bridge, mtu := BridgeName(n.VNI), MTU(n, u)
 	b := Bridge{Name: bridge, Alias: NetworkAlias(n), MAC: store.DeriveMAC("bridge", string(s.Self.ID), bridge), MTU: mtu, Up: true, Closed: true}
@@ -139,13 +151,13 @@ func PlanNetwork(s store.Snapshot, u Underlay) (Plan, error) {
 	planServices(p, s, u)
 	// Without an underlay the network works on this host.
 	if !u.Address.IsValid() {
-		return p, nil
+		return p, contests, nil
 	}
 	vx := VXLANName(n.VNI)
 	p.Add(VXLAN{Name: vx, Alias: VXLANAlias(n.VNI), Bridge: bridge, VNI: n.VNI, Local: u.Address, Underlay: u.Link,
 		Port: s.Self.DataPort, MTU: mtu, MAC: store.DeriveMAC("vxlan", string(s.Self.ID), vx), Up: true, Suppress: true, NoChecksum: u.NoChecksum})
 	planRemote(p, s, u, bridge, vx)
-	return p, nil
+	return p, contests, nil
 }
 
 func planEndpoint(p Plan, s store.Snapshot, e store.Endpoint, u Underlay, inner int) {
@@ -159,35 +171,21 @@ func planEndpoint(p Plan, s store.Snapshot, e store.Endpoint, u Underlay, inner 
 	planLocalDests(p, s, e, u)
 }
 
-// planRemote adds what is needed to reach the peers' endpoints. Where two records
-// claim one MAC or address, a local one wins, then a living peer's, then the lower
-// host id: the same on every host, whatever the order of arrival.
+// planRemote adds what is needed to reach the peers' endpoints.
 func planRemote(p Plan, s store.Snapshot, u Underlay, bridge, vx string) {
-	vtep, dead := map[store.HostID]netip.Addr{}, map[store.HostID]bool{}
-	for _, peer := range reachable(s, u) {
-		vtep[peer.ID] = peer.Address
-		dead[peer.ID] = !peer.DeadSince.IsZero()
+	peers := reached(s, u)
+	for _, peer := range peers {
 		p.Add(FDB{Link: vx, Dst: peer.Address})
 	}
-	mac, ip := map[store.MAC]bool{}, map[netip.Addr]bool{}
-	for _, e := range s.Endpoints {
-		if !e.Left {
-			mac[e.MAC], ip[e.IPv4.Addr()], ip[e.IPv6.Addr()] = true, true, true
-		}
-	}
-	for _, e := range byClaim(s.Remote, dead) {
-		dst, ok := vtep[e.Owner]
-		if !ok || mac[e.MAC] || e.MAC.IsZero() || ip[e.IPv4] && e.IPv4.IsValid() || ip[e.IPv6] && e.IPv6.IsValid() {
+	for _, e := range s.Remote {
+		peer, ok := peers[e.Owner]
+		if !ok || e.MAC.IsZero() {
 			continue
 		}
-		mac[e.MAC] = true
-		p.Add(FDB{Link: vx, MAC: e.MAC, Dst: dst})
+		p.Add(FDB{Link: vx, MAC: e.MAC, Dst: peer.Address})
 		p.Add(FDB{Link: vx, MAC: e.MAC, Master: true})
-		planDest(p, Dest{VNI: s.VNI, MAC: e.MAC, Peer: dst, Direct: u.Prefix.Contains(dst)}, *s.Network, u)
+		planDest(p, Dest{VNI: s.VNI, MAC: e.MAC, Peer: peer.Address, Direct: u.Prefix.Contains(peer.Address)}, *s.Network, u)
 		for _, a := range []netip.Addr{e.IPv4, e.IPv6} {
-			if a.IsValid() {
-				ip[a] = true
-			}
 			// The kernel takes no IPv6 neighbours on a bridge that is closed
 			// to IPv6: neighbour solicitations go to the peers instead.
 			if a.Is4() {
@@ -221,16 +219,6 @@ func given(remote []store.RemoteEndpoint, n store.Network) []store.RemoteEndpoin
 			}
 		}
 	}
-	return remote
-}
-
-// byClaim returns the endpoints of peers, sorted by owner, with those of dead ones last.
-func byClaim(remote []store.RemoteEndpoint, dead map[store.HostID]bool) []store.RemoteEndpoint {
-	if !slices.ContainsFunc(remote, func(e store.RemoteEndpoint) bool { return dead[e.Owner] }) {
-		return remote
-	}
-	remote = slices.Clone(remote)
-	slices.SortStableFunc(remote, func(a, b store.RemoteEndpoint) int { return bit(dead[a.Owner]) - bit(dead[b.Owner]) })
 	return remote
 }
 

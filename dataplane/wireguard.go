@@ -188,19 +188,13 @@ func Fits(n store.Network, u Underlay) error {
 }
 
 // planEncrypted adds the ways to the peers' endpoints of an encrypted network.
-func planEncrypted(p Plan, s store.Snapshot, u Underlay, taken map[netip.Addr]bool) {
+func planEncrypted(p Plan, s store.Snapshot, u Underlay) {
 	// Nothing is on it: its alias keeps the network for a host that lost its database.
 	p.Add(Bridge{Name: BridgeName(s.Network.VNI), Alias: NetworkAlias(*s.Network), MAC: store.DeriveMAC("bridge", string(s.Self.ID), BridgeName(s.Network.VNI)), MTU: MTU(*s.Network, u), Closed: true})
 	if !u.Address.IsValid() {
 		return
 	}
-	peers := map[store.HostID]store.Peer{}
-	for _, peer := range s.Peers {
-		if tunnelled(s.Self, peer.Host) {
-			peers[peer.ID] = peer
-		}
-	}
-	planWays(p, s, peers, taken, func(peer store.Peer, a netip.Addr) Route { return planTunnelled(p, s, peer, a, u) })
+	planWays(p, s, u, func(peer store.Peer, a netip.Addr) Route { return planTunnelled(p, s, peer, a, u) })
 }
 
 // planTunnelled makes the address of a peer's endpoint known to the program, and returns

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/netip"
 	"runtime"
 	"slices"
 	"time"
@@ -199,9 +198,7 @@ func (s *services) networks() ([]networkReply, error) {
 					r.Alike = append(r.Alike, fmt.Sprintf("network %d on host %s", o.VNI, peerName(tx, o.Owner)))
 				}
 			}
-			if r.Twice, err = twice(tx, n, eps); err != nil {
-				return err
-			}
+			r.Twice = twice(r.Status)
 			if r.Services, r.Crowded, err = served(tx, n); err != nil {
 				return err
 			}
@@ -226,44 +223,23 @@ func served(tx *store.Tx, n store.Network) (names, crowded []string, err error) 
 	return names, crowded, err
 }
 
-// twice names the addresses that endpoints of this host share with endpoints of living
-// peers. Two hosts that do not hear each other may both give one away.
-func twice(tx *store.Tx, n store.Network, own []store.Endpoint) (out []string, err error) {
-	here := map[any]store.EndpointID{}
-	for _, e := range own {
-		if !e.Left {
-			here[e.IPv4.Addr()], here[e.IPv6.Addr()], here[e.MAC] = e.ID, e.ID, e.ID
+// twice names the addresses that endpoints of two living hosts have. Two that do not hear
+// each other may both give one away.
+func twice(s dataplane.NetworkStatus) (out []string) {
+	for _, c := range s.Contests {
+		other := fmt.Sprintf("%.12s on host %s", c.Other.Endpoint, c.Other.Name)
+		if c.Used.Here {
+			out = append(out, fmt.Sprintf("%s (endpoint %.12s here, %s)", c.What, c.Used.Endpoint, other))
+			continue
 		}
-	}
-	delete(here, netip.Addr{})
-	if len(here) == 0 {
-		return nil, nil
-	}
-	remote, err := tx.RemoteEndpoints(n.VNI)
-	if err != nil {
-		return nil, err
-	}
-	for _, e := range remote {
-		for _, a := range []any{e.IPv4, e.IPv6, e.MAC} {
-			id, ok := here[a]
-			if !ok {
-				continue
-			}
-			p, err := tx.Peer(e.Owner)
-			if err != nil {
-				return nil, err
-			}
-			run, err := tx.PeerNetwork(e.Owner, n.VNI)
-			if err != nil {
-				return nil, err
-			}
-			if !p.Hidden && n.Runs(run) {
-				out = append(out, fmt.Sprintf("%v (endpoint %.12s here, %.12s on host %s)", a, id, e.ID, p.Name))
-			}
-			break // its MAC follows from its address
+		used := ", which is used"
+		if c.Open {
+			used = ""
 		}
+		// Two hosts may have one name, if one of them wants it.
+		out = append(out, fmt.Sprintf("%s (endpoint %.12s on host %s %.12s%s, %s %.12s)", c.What, c.Used.Endpoint, c.Used.Name, c.Used.Host, used, other, c.Other.Host))
 	}
-	return out, nil
+	return out
 }
 
 // withoutKey hides a network's key.

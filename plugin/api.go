@@ -91,7 +91,7 @@ type networkReply struct {
 	Peers        []string                `json:"peers"`              // names of hosts that run it
 	Disagree     []string                `json:"disagree,omitempty"` // hosts that run the VNI with other subnets
 	Alike        []string                `json:"alike,omitempty"`    // networks of hosts with the same subnets and another VNI
-	Twice        []string                `json:"twice,omitempty"`    // addresses that an endpoint here and one elsewhere have
+	Twice        []string                `json:"twice,omitempty"`    // addresses that endpoints of two living hosts have
 	Services     []string                `json:"services,omitempty"` // of Swarm, with a virtual address
 	Crowded      []string                `json:"crowded,omitempty"`  // services with more tasks than a virtual address can have
 	Status       dataplane.NetworkStatus `json:"status"`

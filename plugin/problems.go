@@ -215,7 +215,12 @@ func problems(v view) []problem {
 	}
 	for _, n := range v.networks {
 		if len(n.Twice) > 0 {
-			add("remove one of the two containers and start it again; give each host its own --ip-range, or use --ipam-driver weft:latest", "network %d: addresses that two have, so one gets no packets: %s", n.VNI, strings.Join(n.Twice, ", "))
+			named := slices.Clone(n.Twice[:min(len(n.Twice), mostNamed)])
+			if more := max(len(n.Twice), n.Status.Contested) - len(named); more > 0 {
+				named = append(named, fmt.Sprintf("and %d more", more))
+			}
+			add("remove one of the two containers and start it again; give each host its own --ip-range, or use --ipam-driver weft:latest; a host that draws to itself what is not its own: weft encryption revoke HOST",
+				"network %d: addresses that two have, so one gets no packets: %s", n.VNI, strings.Join(named, ", "))
 		}
 	}
 	for _, n := range v.networks {

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -84,6 +85,15 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 		{"many tasks", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Crowded: []string{"web (10.9.0.2) has 600"}}}
 		}, "network 4096: a virtual address leads to 512 tasks at most, those with the lowest addresses; the others get nothing: web (10.9.0.2) has 600", false},
+		{"address on two other hosts", func(v *view) {
+			beta, gamma := dataplane.Claimant{Host: "b1", Name: "beta", Endpoint: "b"}, dataplane.Claimant{Host: "c1", Name: "gamma", Endpoint: "c"}
+			status := dataplane.NetworkStatus{Contested: 12, Contests: []dataplane.Contest{
+				{What: "10.9.0.2", Used: dataplane.Claimant{Endpoint: "a", Here: true}, Other: beta}, {What: "10.9.0.3", Used: beta, Other: gamma}, {What: "fd00::3", Used: beta, Other: gamma, Open: true}}}
+			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Status: status, Twice: twice(status)}}
+		}, "10.9.0.2 (endpoint a here, b on host beta), 10.9.0.3 (endpoint b on host beta b1, which is used, c on host gamma c1), fd00::3 (endpoint b on host beta b1, c on host gamma c1), and 9 more", false},
+		{"address drawn", func(v *view) {
+			v.networks = []networkReply{{Network: store.Network{VNI: 4096}, Twice: slices.Repeat([]string{"x"}, 12)}}
+		}, "x, and 2 more → remove one of the two containers and start it again; give each host its own --ip-range, or use --ipam-driver weft:latest; a host that draws to itself what is not its own: weft encryption revoke HOST", false},
 		{"same subnets", func(v *view) {
 			v.networks = []networkReply{{Network: store.Network{VNI: 4098}, Alike: []string{"network 4097 on host beta"}}}
 		}, "network 4098 has the same subnets as network 4097 on host beta: they are not connected", true},

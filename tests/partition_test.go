@@ -94,9 +94,14 @@ func (c *cluster) partition(t *testing.T) {
 	reached := time.Since(start)
 	tells(t, all[0], both+" (endpoint ", " on host "+all[2].Name+")", "addresses that two have")
 	tells(t, all[2], both+" (endpoint ", " on host "+all[0].Name+")", "addresses that two have")
+	for i, used := range map[int]*hosts.Host{1: all[0], 3: all[2]} { // each goes on with the one that it knew
+		id := view[statusView](t, used, "status").Host.ID
+		tells(t, all[i], both+" (endpoint ", fmt.Sprintf(" on host %s %.12s, which is used, ", used.Name, id))
+	}
 	docker(t, all[2], "rm", "--force", "both")
-	untold(t, all[0], "addresses that two have")
-	untold(t, all[2], "addresses that two have")
+	for _, h := range all {
+		untold(t, h, "addresses that two have")
+	}
 	docker(t, all[0], "rm", "--force", "both")
 	var sent, lost uint64
 	for _, p := range probes {

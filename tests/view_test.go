@@ -64,6 +64,7 @@ type statusView struct {
 	Ready    bool
 	IPTables string
 	Program  string
+	Host     struct{ ID string }
 	Problems []struct {
 		Text, Remedy string
 		Advice       bool
