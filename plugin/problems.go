@@ -28,7 +28,7 @@ func (p *process) status() (statusReply, error) {
 		s.Error = fault.Error()
 	}
 	if svc == nil {
-		s.Problems = append(s.Problems, unreadyProblem(s))
+		s.Problems = append(s.Problems, unreadyProblem(stage, fault))
 		return s, nil
 	}
 	s.Host, s.IPTables, s.Rebuilt = svc.db.Self(), svc.kernel.Backend(), svc.rebuilt
@@ -131,15 +131,16 @@ type view struct {
 	xtablesShared bool
 }
 
-func unreadyProblem(s statusReply) problem {
-	if s.Error == "" {
-		return problem{Text: "weft is still " + s.Stage, Remedy: "wait a moment; if it stays so, look into the log of dockerd"}
+// unreadyProblem says why no call is served, at which stage of the start.
+func unreadyProblem(stage string, fault error) problem {
+	if fault == nil {
+		return problem{Text: "weft is still " + stage, Remedy: "wait a moment; if it stays so, look into the log of dockerd"}
 	}
 	remedy := "running containers keep their networks; it is tried again every few seconds"
-	if strings.HasPrefix(s.Error, "setting") {
+	if _, wrong := errors.AsType[wrongSettings](fault); wrong {
 		remedy = "running containers keep their networks; settings, and the files that they name, are read when the plugin starts"
 	}
-	return problem{Text: "every call of Docker is refused: " + s.Error, Remedy: remedy}
+	return problem{Text: "every call of Docker is refused: " + fault.Error(), Remedy: remedy}
 }
 
 // problems says in words what is wrong, the worst first.

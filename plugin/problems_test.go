@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -162,12 +163,26 @@ func TestRefusalEndsWithTheNetwork(t *testing.T) {
 
 // What cannot change by waiting does not say that it is tried again.
 func TestWrongSettingsAreNotTriedAgain(t *testing.T) {
-	for text, want := range map[string]string{
-		"setting WEFT_KEY_FILE: open /var/lib/weft/k: no such file or directory": "are read when the plugin starts",
-		"database /var/lib/weft/weft.db: timeout":                                "tried again every few seconds",
+	wrong := func(name, value string) error {
+		_, err := parseSettings(func(n string) string {
+			if n == name {
+				return value
+			}
+			return ""
+		}, os.ReadFile)
+		return err
+	}
+	for _, c := range []struct {
+		fault error
+		want  string
+	}{
+		{wrong("WEFT_KEY_FILE", "/does/not/exist"), "are read when the plugin starts"},
+		{wrong("WEFT_PORT", "x"), "are read when the plugin starts"},
+		{errors.New("database /var/lib/weft/weft.db: timeout"), "tried again every few seconds"},
+		{errors.New("setting up the kernel failed"), "tried again every few seconds"},
 	} {
-		if p := unreadyProblem(statusReply{Error: text}); !strings.Contains(p.Remedy, want) {
-			t.Errorf("%s: %q does not say %q", text, p.Remedy, want)
+		if p := unreadyProblem("starting", c.fault); !strings.Contains(p.Remedy, c.want) || !strings.Contains(p.Text, c.fault.Error()) {
+			t.Errorf("%v: %+v does not say %q", c.fault, p, c.want)
 		}
 	}
 }

@@ -122,10 +122,13 @@ func parseSettings(getenv func(string) string, readFile func(string) ([]byte, er
 		}
 	}
 	if len(errs) > 0 {
-		return s, fmt.Errorf("%w; correct it with: docker plugin disable -f weft:latest && docker plugin set weft:latest NAME=VALUE && docker plugin enable weft:latest", errors.Join(errs...))
+		return s, wrongSettings{fmt.Errorf("%w; correct it with: docker plugin disable -f weft:latest && docker plugin set weft:latest NAME=VALUE && docker plugin enable weft:latest", errors.Join(errs...))}
 	}
 	return s, nil
 }
+
+// wrongSettings is an error that stays until the plugin starts with other settings.
+type wrongSettings struct{ error }
 
 // shown keeps the key out of logs.
 func shown(name, value string) string {
