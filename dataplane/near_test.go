@@ -35,5 +35,21 @@ func TestWays(t *testing.T) {
 		if way, sought := Way(self, peer, u), candidates(self, peer, 0, u); way != c.way || sought != c.sought {
 			t.Errorf("%s: by %s, at %s; want %s, %s", c.name, way, sought, c.way, c.sought)
 		}
+		four := []store.Subnet{{Pool: netip.MustParsePrefix("10.1.0.0/16")}}
+		six := append(four[:1:1], store.Subnet{Pool: netip.MustParsePrefix("fd00::/64")})
+		for _, n := range []struct {
+			store.Network
+			want bool
+		}{
+			{store.Network{Mode: store.ModeVXLAN, Subnets: four}, c.way != "wireguard"},
+			{store.Network{Mode: store.ModeRouted, Subnets: four}, c.way == "vxlan"},
+			{store.Network{Mode: store.ModeRouted, Subnets: six}, c.way != "wireguard"},
+			{store.Network{Mode: store.ModeVXLAN, Subnets: four, Encrypted: true}, false},
+			{store.Network{Mode: store.ModeRouted, Subnets: six, Encrypted: true}, false},
+		} {
+			if got := InVXLAN(n.Network, self, peer, u); got != n.want {
+				t.Errorf("%s, network %+v: in VXLAN is %t", c.name, n.Network, got)
+			}
+		}
 	}
 }

@@ -110,6 +110,18 @@ func Way(self store.Host, peer store.Peer, u Underlay) string {
 	return store.ModeVXLAN
 }
 
+// InVXLAN reports whether packets of a network go to a peer in VXLAN, which both must have
+// on one port.
+func InVXLAN(n store.Network, self store.Host, peer store.Peer, u Underlay) bool {
+	switch {
+	case n.Encrypted || across(self, peer, u):
+		return false
+	case n.Mode == store.ModeVXLAN:
+		return true
+	}
+	return slices.ContainsFunc(n.Prefixes(), func(p netip.Prefix) bool { return !direct(peer, p.Addr(), u) })
+}
+
 func tunnelMAC(host store.HostID, vx string) store.MAC {
 	return store.DeriveMAC("vxlan", string(host), vx)
 }

@@ -360,7 +360,7 @@ func (s *services) peers(crypt encryptionReply) ([]peerReply, error) {
 			if err != nil {
 				return err
 			}
-			r.Way = way(self, p, own, nets, u)
+			r.Way, r.VXLAN = way(self, p, own, nets, u)
 			for _, n := range nets {
 				r.Networks = append(r.Networks, n.VNI)
 			}

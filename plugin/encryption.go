@@ -74,24 +74,24 @@ func (s *services) encryption(ctx context.Context) (encryptionReply, error) {
 }
 
 // way returns in words how packets go to a peer: of routed networks, and of encrypted
-// ones if they share any.
-func way(self store.Host, p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplane.Underlay) string {
+// ones if they share any; and whether some go in VXLAN.
+func way(self store.Host, p store.Peer, own []store.Network, nets []store.PeerNetwork, u dataplane.Underlay) (text string, vxlan bool) {
 	plain, crypt := false, false
 	for _, n := range own {
 		for _, o := range nets {
 			if n.Runs(o) {
 				crypt, plain = crypt || n.Encrypted, plain || !n.Encrypted
+				vxlan = vxlan || dataplane.InVXLAN(n, self, p, u)
 			}
 		}
 	}
-	switch text := dataplane.Way(self, p, u); {
+	switch text = dataplane.Way(self, p, u); {
 	case crypt && plain && text != "wireguard":
-		return text + ",wireguard"
+		text += ",wireguard"
 	case crypt:
-		return "wireguard"
-	default:
-		return text
+		text = "wireguard"
 	}
+	return text, vxlan
 }
 
 // silentTunnels says of the peers to which a tunnel leads whether they answer there.

@@ -179,8 +179,9 @@ func (v swarmView) differences() (out []problem) {
 		if p.Version != self.Version {
 			versions = append(versions, p.Name+" has "+orDash(p.Version))
 		}
-		// WireGuard has ports of its own; hosts behind one NAT need different ones.
-		if p.DataPort != self.DataPort && !strings.HasPrefix(p.Way, "wireguard") {
+		// Hosts behind one NAT need different ones, and what is encrypted or routed plainly
+		// between them does not use it.
+		if p.DataPort != self.DataPort && p.VXLAN {
 			ports = append(ports, fmt.Sprintf("%s has %d", p.Name, p.DataPort))
 		}
 		if p.Scope != "" && p.Scope != v.status.Scope && v.info.Swarm.LocalNodeState == "active" {

@@ -141,12 +141,12 @@ func TestSwarmProblems(t *testing.T) {
 			[]string{"! hosts of the Swarm that have the plugin, but were never heard: c (192.0.2.12)", "set the same WEFT_PORT, WEFT_DATA_PORT and WEFT_KEY on all hosts, and open the ports between them"}},
 		{"other scope, port and version", func(v *swarmView) {
 			p := &v.peers[0]
-			p.Name, p.Scope, p.DataPort, p.Version = "b", scopeLocal, 4000, "0.9"
+			p.Name, p.Scope, p.DataPort, p.VXLAN, p.Version = "b", scopeLocal, 4000, true, "0.9"
 			v.status.Host.Version, v.peers[1].Version = "1.0", "1.0"
 		}, []string{"! WEFT_DATA_PORT differs: b has 4000, this host 4797; no VXLAN passes between them", "set the same on all hosts; behind one NAT, where each needs its own, share encrypted networks",
 			"! WEFT_SCOPE differs: b has local, this host global", "set the same on all hosts: " + toGlobal,
 			"note: the plugin's version differs: b has 0.9, this host 1.0", "docker plugin upgrade, one host after the other"}},
-		{"another port behind a NAT, where all is encrypted", func(v *swarmView) { v.peers[0].DataPort, v.peers[0].Way = 4807, "wireguard" }, nil},
+		{"another port, and no network needs VXLAN", func(v *swarmView) { v.peers[0].DataPort, v.peers[0].VXLAN = 4807, false }, nil},
 		{"a silent host's settings are old news", func(v *swarmView) { v.peers[0].Alive, v.peers[0].Version = false, "0.9" }, nil},
 		{"a manager that may not ask Docker", func(v *swarmView) { v.status.Lent = false },
 			[]string{"note: this manager's plugin may not ask Docker: while this host leads the Swarm, nobody answers virtual addresses of new services, and the log does not name them", lend}},
