@@ -143,17 +143,7 @@ func TestGuardHoldsAgainstNonsense(t *testing.T) {
 	through, runs := 0, 0
 	for range 1000 {
 		for _, f := range kerneltest.Frames(rng, own, victim) {
-			data := bytes.Clone(f.Data)
-			for range 1 + rng.IntN(3) {
-				switch rng.IntN(4) {
-				case 0:
-					data = data[:14+rng.IntN(len(data)-13)]
-				case 1:
-					data = append(data, make([]byte, rng.IntN(64))...)
-				default:
-					data[rng.IntN(len(data))] = byte(rng.Uint32())
-				}
-			}
+			data := mutated(rng, f.Data)
 			runs++
 			if verdict, _ := run(data); verdict != dropped && verdict != unrun {
 				through++
@@ -167,6 +157,22 @@ func TestGuardHoldsAgainstNonsense(t *testing.T) {
 		t.Error("nothing passes")
 	}
 	t.Logf("SCORE | guard against changed frames | program | %d | %d pass, 0 of them forbidden | 0 |", runs, through)
+}
+
+// mutated returns the frame changed at random: cut, padded, or with other bytes.
+func mutated(rng *rand.Rand, frame []byte) []byte {
+	data := bytes.Clone(frame)
+	for range 1 + rng.IntN(3) {
+		switch rng.IntN(4) {
+		case 0:
+			data = data[:14+rng.IntN(len(data)-13)]
+		case 1:
+			data = append(data, make([]byte, rng.IntN(64))...)
+		default:
+			data[rng.IntN(len(data))] = byte(rng.Uint32())
+		}
+	}
+	return data
 }
 
 // forbidden returns why the endpoint may not send a frame, "" if it may.
