@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
@@ -38,6 +39,32 @@ func (k *Kernel) ClearMap(t *testing.T, name string) {
 		}
 	}
 }
+
+// LoadOlder loads a port program of another version: it does the same, in other words.
+func LoadOlder(t *testing.T, folder string) *Program {
+	t.Helper()
+	spec, err := bpf.LoadProgram()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, prog := range spec.Programs {
+		nothing := asm.Mov.Imm(asm.R0, 0)
+		nothing.Metadata, prog.Instructions[0].Metadata = prog.Instructions[0].Metadata, asm.Metadata{}
+		prog.Instructions = append(asm.Instructions{nothing}, prog.Instructions...)
+	}
+	p := &Program{}
+	p.place(folder)
+	if err := p.loadSpec(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: p.pins}}); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// BPFFolder mounts a bpf file system for the time of the test.
+func BPFFolder(t *testing.T) string { return bpfFolder(t) }
+
+// Names are the names of the program's filters.
+func (p *Program) Names() [4]string { return p.name }
 
 // FillMap fills a map of the port program with entries of others, which empty takes out.
 func (k *Kernel) FillMap(t *testing.T, name string) (empty func()) {

@@ -66,10 +66,15 @@ func TestFastPath(t *testing.T) {
 // port program or without.
 func fastHosts(t *testing.T, mode string, on [2]bool) (all []*machine) {
 	t.Helper()
+	return fastHostsWith(t, mode, loaded(t, on[0]), loaded(t, on[1]))
+}
+
+func fastHostsWith(t *testing.T, mode string, programs ...*kernel.Program) (all []*machine) {
+	t.Helper()
 	fabric := kerneltest.NewPlace(t)
 	fabric.Run(t, "ip link add fabric type bridge\nip link set fabric up\niptables -P FORWARD ACCEPT")
-	for i := range on {
-		m := newMachineWith(t, fabric, i+1, false, loaded(t, on[i]))
+	for i, program := range programs {
+		m := newMachineWith(t, fabric, i+1, false, program)
 		m.routed, m.encrypted = mode == store.ModeRouted, mode == encryptedMode
 		if m.encrypted {
 			m.self.Tunnel = kerneltest.TunnelOf(m.self.ID, 1)

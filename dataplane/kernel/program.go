@@ -115,6 +115,10 @@ func (p *Program) load(options ebpf.CollectionOptions) error {
 	if err != nil {
 		return err
 	}
+	return p.loadSpec(spec, options)
+}
+
+func (p *Program) loadSpec(spec *ebpf.CollectionSpec, options ebpf.CollectionOptions) error {
 	if _, err := os.Stat(p.pins); err != nil { // nothing is pinned yet; pin does it
 		for _, m := range spec.Maps {
 			m.Pinning = ebpf.PinNone

@@ -53,18 +53,24 @@ func newMachineWith(t *testing.T, fabric *kerneltest.Place, i int, v6 bool, prog
 	kerneltest.Wire(t, m.Place, "under0", []netip.Prefix{address}, fabric, port, nil)
 	fabric.Run(t, "ip link set "+port+" master fabric")
 	m.self = store.Host{ID: store.HostID(fmt.Sprintf("host%d", i)), Address: address.Addr(), DataPort: kerneltest.Port}
+	m.open(t, program)
+	t.Cleanup(func() { m.k.Close() })
+	return m
+}
+
+// open opens the machine's kernel, as a new process does.
+func (m *machine) open(t *testing.T, program *kernel.Program) {
+	t.Helper()
 	var err error
 	m.Do(func() {
 		m.k, err = kernel.New(kernel.Config{Program: program, WireGuardKey: kerneltest.WireGuardKey, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 		if err == nil {
-			m.under, err = m.k.Underlay(t.Context(), address.Addr())
+			m.under, err = m.k.Underlay(t.Context(), m.self.Address)
 		}
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(m.k.Close)
-	return m
 }
 
 // endpoint adds the endpoint number i of the network to the machine's records.
