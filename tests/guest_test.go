@@ -20,8 +20,9 @@ import (
 // guestLimit bounds the guest, which computes without the processor's help.
 const guestLimit = 10 * time.Minute
 
-// TestGuest runs tests of encrypted networks and of SCTP in a virtual machine with
-// Debian's stock kernel, which has WireGuard and SCTP as modules. tests/guest.sh makes it.
+// TestGuest runs tests of networks of all kinds, of the port program and of SCTP in a
+// virtual machine with Debian's stock kernel, which has WireGuard and SCTP as modules.
+// tests/guest.sh makes it.
 func TestGuest(t *testing.T) {
 	t.Parallel()
 	hosts.Require(t, "guest")
@@ -37,12 +38,15 @@ func TestGuest(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
-	pattern := "TestSCTP|TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/round_trip/encrypted|TestProgramLoads|TestGuard|TestFlowsAreCounted|TestFlowsOfServices|TestFastPath/.*/both|TestHops/routed/fast|TestSuiteNft/round_trip/program"
+	which := []string{"TestSCTP", "TestEncryptedTraffic", "TestRoamedPeer", "TestSuiteNft/round_trip/encrypted", "TestProgramLoads", "TestGuard", "TestFlowsAreCounted", "TestFlowsOfServices",
+		"TestFastPath/.*/both", "TestHops/routed/fast", "TestSuiteNft/round_trip/program"}
 	if soak() {
-		pattern = "TestSCTP|TestEncryptedTraffic|TestRoamedPeer|TestSuiteNft/.*/encrypted|own_gateway|routed"
+		which = []string{"TestSCTP", "TestEncryptedTraffic", "TestRoamedPeer", "TestSuiteNft/round_trip", "TestSuiteNft/repair/encrypted", "TestSuiteNft/repair/own_gateway", "TestSuiteNft/repair/routed", "TestSuiteNft/repair/program",
+			"TestProgramLoads", "TestGuard", "TestFlows", "TestFastPath", "TestHops", "TestTraffic", "TestServices", "TestPublishedEndpoints", "TestAnswers", "TestDirectAnswers", "TestAllTasks", "TestVXLAN", "TestTunnelHolds",
+			"TestFullMaps", "TestClearedMaps", "TestUpgradeKeeps"}
 	}
 	script := fmt.Sprintf("modprobe sctp && modprobe xt_sctp && export WEFT_GUEST=1 WEFT_TEST_MUST=root &&\n"+
-		"/plugin.test -test.v -test.run TestHoldPort && /kernel.test -test.v -test.run '%s'\n", pattern)
+		"/plugin.test -test.v -test.run TestHoldPort && /kernel.test -test.v -test.run '%s'\n", strings.Join(which, "|"))
 	if err := os.WriteFile(filepath.Join(work, "run.sh"), []byte(script), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -62,6 +66,11 @@ func TestGuest(t *testing.T) {
 	passed := regexp.MustCompile(`(?m)^ *--- PASS: `).FindAll(out, -1)
 	if err != nil || !bytes.Contains(out, []byte("GUEST ends with 0")) || bytes.Contains(out, []byte("GUEST no module")) || len(passed) < 10 {
 		t.Fatalf("%v; the guest printed:\n%s", err, out)
+	}
+	for _, name := range which { // one that is called otherwise now would not be missed
+		if !regexp.MustCompile(`--- PASS: ` + strings.ReplaceAll(name, "/", `[^/ ]*/[^/ ]*`)).Match(out) {
+			t.Errorf("no test of the guest is called %s", name)
+		}
 	}
 	release := regexp.MustCompile(`GUEST kernel (\S+)`).FindSubmatch(out)
 	if release == nil {

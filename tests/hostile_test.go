@@ -167,6 +167,7 @@ func (x *hostile) attack(t *testing.T, s segment) {
 			t.Errorf("%s, want 0 and 0", said)
 		}
 		accounted(t, a, counted, sent)
+		attacker.accused(t, victims[0], sent)
 		attacker.changesMAC(t, victims)
 		attacker.sendsJumbo(t, victims)
 		attacker.sendsFragments(t, s.next, victims)
@@ -259,6 +260,33 @@ func accounted(t *testing.T, h *hosts.Host, before map[string]int, sent map[stri
 		}
 		return nil
 	})
+}
+
+// accused: of the endpoints of the host weft endpoints shows who sent what the guard
+// dropped, and who did not.
+func (m member) accused(t *testing.T, other member, sent map[string]int) {
+	t.Helper()
+	found := 0
+	for _, e := range view[[]endpointView](t, m.Host, "endpoints") {
+		switch {
+		case e.MAC != m.MAC.String() && e.MAC != other.MAC.String():
+			continue
+		case e.Program == nil:
+			t.Errorf("endpoint %.12s has no counts", e.ID)
+		case e.MAC == other.MAC.String() && len(e.Program.Dropped) > 0:
+			t.Errorf("the victim on this host is said to have sent %v", e.Program.Dropped)
+		case e.MAC == m.MAC.String():
+			for reason, n := range sent {
+				if got := e.Program.Dropped[reason]; got < n {
+					t.Errorf("%d dropped of %d that the attacker sent, for the reason %s", got, n, reason)
+				}
+			}
+		}
+		found++
+	}
+	if found != 2 {
+		t.Errorf("weft endpoints shows %d of the attacker and the victim on its host", found)
+	}
 }
 
 // guardDrops reads from the metrics how many frames the guard has dropped, by reason.

@@ -47,6 +47,7 @@ type endpointView struct {
 	IPv4    netip.Addr
 	IPv6    netip.Addr
 	Link    string
+	Program *struct{ Dropped map[string]int }
 }
 
 // peerView is a peer as `weft peers -o json` shows it.

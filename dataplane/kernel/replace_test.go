@@ -162,11 +162,8 @@ type spoofing struct {
 func startSpoofing(t *testing.T, m *machine) *spoofing {
 	t.Helper()
 	s := &spoofing{}
-	station := func(e store.Endpoint) kerneltest.Station {
-		return kerneltest.Station{MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr()}
-	}
 	var forbidden [][]byte
-	for _, f := range kerneltest.Frames(rand.New(rand.NewPCG(1, 2)), station(m.endpoints[0]), station(m.endpoints[1])) {
+	for _, f := range kerneltest.Frames(rand.New(rand.NewPCG(1, 2)), stationOf(m.endpoints[0]), stationOf(m.endpoints[1])) {
 		if f.Reason != "" && bytes.Contains(f.Data, []byte(kerneltest.Marker)) {
 			forbidden = append(forbidden, f.Data)
 		}
