@@ -269,8 +269,12 @@ func compareLeases(plugin string, theirs []dockerNetwork, pools []poolReply, swa
 				continue
 			}
 			remedy := ""
-			if p.Space == ipam.GlobalSpace && swarm.active {
+			switch {
+			case p.Space != ipam.GlobalSpace || !swarm.active:
+			case l.Doubt.IsZero():
 				remedy = "; restart dockerd here to have it back"
+			default: // from before this host became the leader, see package ipam
+				remedy = "; it is freed if that stays so for ten minutes"
 			}
 			add(o.net, "address %s is leased (%s, since %s), but nothing in Docker has it%s", l.Address, l.Kind, clock(l.Taken), remedy)
 		}
