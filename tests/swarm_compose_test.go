@@ -185,6 +185,15 @@ func (s *swarm) families(t *testing.T) {
 			first++
 		}
 	}
+	// Without --subnet, Docker's leader or Weft's chooses one.
+	create("any")
+	create("ownany", "--ipam-driver", hosts.PluginName)
+	for _, name := range []string{"any", "ownany"} {
+		tasks := s.service(t, "on"+name, 3, "--mode", "global", "--network", name)
+		s.mesh(t, name, tasks)
+		beside := run(t, b, "beside"+name, "--network", name)
+		reach(t, beside, tasks[0].Addresses[name].String())
+	}
 	for _, name := range []string{"six", "ownsix"} {
 		tasks, err := a.Tasks(t.Context(), name)
 		if err != nil {
@@ -202,9 +211,9 @@ func (s *swarm) families(t *testing.T) {
 		clean(t, h)
 	}
 	docker(t, a, "rm", "--force", "one")
-	docker(t, b, "rm", "--force", "two")
-	s.removeServices(t, "web", "six", "ownsix")
-	s.removeNetworks(t, "wide", "own", "six", "ownsix")
+	docker(t, b, "rm", "--force", "two", "besideany", "besideownany")
+	s.removeServices(t, "web", "six", "ownsix", "onany", "onownany")
+	s.removeNetworks(t, "wide", "own", "six", "ownsix", "any", "ownany")
 	s.forgotten(t)
 }
 

@@ -170,15 +170,20 @@ func (s *swarmInput) numbers(t *testing.T) {
 		t.Helper()
 		says(t, s.a, []string{"is not allocated"})
 		s.createService(t, s.a, "waits", "--network", name)
+		s.service(t, "starts", 1, "--network", "one") // as the other would, were it not refused
 		if options := docker(t, s.a, "network", "inspect", "--format", "{{json .Options}}", name); strings.Contains(options, "weft.key") {
 			t.Errorf("network %s has options %s", name, options)
 		}
-		for _, task := range s.listed(t, "waits") {
-			if task.State == "running" {
-				t.Errorf("a task runs on a network that was refused: %+v", task)
+		tasks := s.listed(t, "waits")
+		for _, task := range tasks {
+			if task.State != "new" || task.Host != "" || task.Container != "" {
+				t.Errorf("a task on a network that was refused does not wait: %+v", task)
 			}
 		}
-		s.removeServices(t, "waits")
+		if len(tasks) != 1 {
+			t.Errorf("%d tasks wait on a network that was refused, want 1", len(tasks))
+		}
+		s.removeServices(t, "waits", "starts")
 	}
 	s.network(t, "one", 83, "-o", "vni=7500")
 	s.allocated(t, "one")
@@ -200,6 +205,7 @@ func (s *swarmInput) numbers(t *testing.T) {
 	// What the remedy says.
 	plugin.send(t, http.MethodPost, "NetworkDriver.DeleteNetwork", strings.NewReader(localNetwork("")))
 	s.removeNetworks(t, "one", "three")
+	s.forgotten(t)
 	eventually(t, 20*time.Second, "host a knows no vni 7501 of host c", func(context.Context) error {
 		if runs(t, s.a, "c", 7501) == nil {
 			return errors.New("it does")

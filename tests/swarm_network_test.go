@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -69,7 +70,12 @@ func (s *swarm) networks(t *testing.T) {
 
 // inspect compares docker network inspect of every host with what was asked for.
 func (s *swarm) inspect(t *testing.T, all []*hosts.Host) {
+	var addresses []string
 	for _, h := range all {
+		addresses = append(addresses, h.Address.String())
+	}
+	slices.Sort(addresses)
+	for i, h := range all {
 		var shown []struct {
 			Driver, Scope string
 			Attachable    bool
@@ -83,10 +89,18 @@ func (s *swarm) inspect(t *testing.T, all []*hosts.Host) {
 			if err == nil {
 				err = json.Unmarshal([]byte(out), &shown)
 			}
-			if err == nil && len(shown[0].Peers) != len(all) {
-				err = fmt.Errorf("peers are %+v", shown[0].Peers)
+			if err != nil {
+				return err
 			}
-			return err
+			var peers []string
+			for _, p := range shown[0].Peers {
+				peers = append(peers, p.IP)
+			}
+			slices.Sort(peers)
+			if !slices.Equal(peers, addresses) {
+				return fmt.Errorf("peers are %v, want %v", peers, addresses)
+			}
+			return nil
 		})
 		n := shown[0]
 		if n.Driver != hosts.PluginName || n.Scope != "swarm" || !n.Attachable || len(n.IPAM.Config) != 1 || n.IPAM.Config[0].Subnet != "10.32.0.0/16" {
@@ -96,9 +110,12 @@ func (s *swarm) inspect(t *testing.T, all []*hosts.Host) {
 			t.Errorf("host %s: network inspect shows the options %v", h.Name, n.Options)
 		}
 		for _, c := range n.Containers {
-			if c.Name != "app"+h.Name {
-				t.Errorf("host %s: network inspect shows %+v", h.Name, c)
+			if want := fmt.Sprintf("10.32.0.%d/16", 200+i); c.Name != "app"+h.Name || c.IPv4Address != want {
+				t.Errorf("host %s: network inspect shows %+v, want app%[1]s at %s", h.Name, c, want)
 			}
+		}
+		if len(n.Containers) != 1 {
+			t.Errorf("host %s: network inspect shows %d containers, want the host's own", h.Name, len(n.Containers))
 		}
 	}
 }

@@ -46,6 +46,9 @@ func (s *swarm) rolling(t *testing.T) {
 	}
 	resolves(t, beside, "web", "app", now)
 	s.mesh(t, "app", now)
+	if l.failed == l.asked || l.tried == 0 {
+		t.Errorf("of %d lookups %d were without an answer, of %d tasks was asked who they are: nothing was tried", l.asked, l.failed, l.tried)
+	}
 	figure(t, "swarm: rolling update one by one on "+s.name, rounds, "%d tasks replaced; %d lookups, %d without an answer by Docker; of %d addresses of running tasks silent or another's: %d (target 0); that two have: %d (target 0)",
 		replaced, l.asked, l.failed, l.tried, l.wrong, duplicates)
 	docker(t, b, "rm", "--force", "beside")
