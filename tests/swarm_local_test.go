@@ -17,8 +17,18 @@ import (
 // chooses its addresses itself.
 func TestSwarmScopeLocal(t *testing.T) {
 	t.Parallel()
-	hosts.Require(t, "root", "docker")
-	s := newSwarm(t, hosts.Debian(), false)
+	for name, engine := range engines(t) {
+		if name != "debian" && !soak() {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			newSwarm(t, engine, false).scopeLocal(t)
+		})
+	}
+}
+
+func (s *swarm) scopeLocal(t *testing.T) {
 	a := s.lab.Hosts[0]
 	for i, h := range s.lab.Hosts {
 		config := []string{"network", "create", "--config-only", "--subnet", "10.50.0.0/16", "-o", "mtu=1400", "-o", "vni=5050"}
@@ -58,7 +68,7 @@ func TestSwarmScopeLocal(t *testing.T) {
 	s.forgotten(t)
 	t.Run("both families", s.bothFamilies)
 	s.nothingLeft(t)
-	figure(t, "swarm: scope local, networks from configurations", 1, "%d tasks on 3 hosts reach each other by name and address; nothing left", len(web)+len(api))
+	figure(t, "swarm: scope local, networks from configurations on "+s.name, 1, "%d tasks on 3 hosts reach each other by name and address; nothing left", len(web)+len(api))
 }
 
 // meshByName waits until every task finds all tasks of its service by name, and
