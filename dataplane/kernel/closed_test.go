@@ -11,18 +11,22 @@ import (
 )
 
 // layers keep packets of an encrypted network off the underlay, each alone; with the
-// command that takes it away. Rules in raw do it only while no route leads back.
-var layers = []struct{ name, without string }{
-	{"routes", "ip rule del pref 4796\nip -6 rule del pref 4796\nip route flush table 4796\nip -6 route flush table 4796"},
-	{"routing rules", "ip rule del pref 4797\nip -6 rule del pref 4797"},
-	{"rules in filter", "iptables -F\nip6tables -F"},
-	{"rules in raw", "iptables -t raw -F\nip6tables -t raw -F"},
+// command that takes it away. Rules in raw do it only while no route leads back, and not
+// with what has come out of the tunnel.
+var layers = []struct {
+	name, without string
+	tunnel        bool // it keeps that, too
+}{
+	{"routes", "ip rule del pref 4796\nip -6 rule del pref 4796\nip route flush table 4796\nip -6 route flush table 4796", true},
+	{"routing rules", "ip rule del pref 4797\nip -6 rule del pref 4797", true},
+	{"rules in filter", "iptables -F\nip6tables -F", true},
+	{"rules in raw", "iptables -t raw -F\nip6tables -t raw -F", false},
 }
 
 // TestEncryptedStaysClosed takes away all layers but one, on a host that has a default
 // route and forwards all that nobody forbids, and repairs nothing: no packet of an
-// encrypted network goes out plain, whether its destination exists or not. Without any
-// they do, so the test can fail.
+// encrypted network goes out plain, whether its destination exists or not, and none that
+// came out of the tunnel goes on. Without any they do, so the test can fail.
 func TestEncryptedStaysClosed(t *testing.T) {
 	for _, on := range []bool{false, true} {
 		t.Run(map[bool]string{false: "stack", true: "program"}[on], func(t *testing.T) { staysClosed(t, on) })
@@ -39,11 +43,9 @@ func staysClosed(t *testing.T, on bool) {
 		ip route add default via 192.0.2.99
 		ip -6 route add default via 2001:db8::99`)
 	echo(t, a.containers[0], b.containers[0], b.endpoints[0].IPv4.Addr())
-	// Of what containers send a moment later, how much is plain on the fabric?
-	leaks := func() int64 {
-		before, all := plain.Load(), seen.Load()
-		a.containers[0].Do(func() {
-			for _, to := range []string{"10.9.0.77", "fd09::77", b.endpoints[0].IPv4.Addr().String(), b.endpoints[0].IPv6.Addr().String()} {
+	sends := func(from *kerneltest.Place, all ...string) {
+		from.Do(func() {
+			for _, to := range all {
 				c, err := net.Dial("udp", net.JoinHostPort(to, "7000"))
 				if err != nil {
 					t.Error(err)
@@ -55,6 +57,15 @@ func staysClosed(t *testing.T, on bool) {
 				_ = c.Close()
 			}
 		})
+	}
+	// Of what containers send a moment later, also through the tunnel to here, how much is
+	// plain on the fabric?
+	leaks := func(tunnel bool) int64 {
+		before, all := plain.Load(), seen.Load()
+		sends(a.containers[0], "10.9.0.77", "fd09::77", b.endpoints[0].IPv4.Addr().String(), b.endpoints[0].IPv6.Addr().String())
+		if tunnel {
+			sends(b.containers[0], a.endpoints[0].IPv4.Addr().String(), a.endpoints[0].IPv6.Addr().String())
+		}
 		a.Do(func() { // is seen after all that
 			if c, err := net.Dial("udp", "192.0.2.99:9"); err == nil {
 				_, _ = c.Write([]byte("last"))
@@ -74,7 +85,7 @@ func staysClosed(t *testing.T, on bool) {
 				a.Run(t, strings.TrimSpace(l.without))
 			}
 		}
-		if n := leaks(); n != 0 {
+		if n := leaks(kept.tunnel); n != 0 {
 			t.Errorf("with nothing left but the %s, %d packets are plain", kept.name, n)
 		}
 	}
@@ -82,12 +93,18 @@ func staysClosed(t *testing.T, on bool) {
 	for _, l := range layers {
 		a.Run(t, l.without)
 	}
-	if leaks() == 0 {
+	if leaks(false) == 0 {
 		t.Error("without any layer no packet is plain: the test sees nothing")
+	}
+	before := plain.Load()
+	sends(b.containers[0], a.endpoints[0].IPv4.Addr().String(), a.endpoints[0].IPv6.Addr().String())
+	time.Sleep(200 * time.Millisecond)
+	if out := plain.Load() > before; out == on { // the program knows where that goes
+		t.Errorf("without any layer something comes out of the tunnel and goes on plain: %t", out)
 	}
 	a.program(t, a, b)
 	echo(t, a.containers[0], b.containers[0], b.endpoints[0].IPv4.Addr())
-	if n := leaks(); n != 0 {
+	if n := leaks(true); n != 0 {
 		t.Errorf("after the repair %d packets are plain", n)
 	}
 }
