@@ -235,6 +235,29 @@ func TestNoPartOfAPeersIsDrawn(t *testing.T) {
 	}
 }
 
+// A host that claims every address of a network does not fill the status.
+func TestContestsAreCounted(t *testing.T) {
+	h := newHost(t)
+	h.peers(1, 1)
+	var all []store.SharedEndpoint
+	for i := range 150 {
+		all = append(all, endpoint(1, 300+i).Shared())
+	}
+	h.update(func(tx *store.Tx) error {
+		_, err := tx.MergeEndpoints("peer000", 1, store.Delta{VNI: 1, Epoch: 1, Seq: 2, Endpoints: all})
+		return errors.Join(err, tx.PutNetwork(network(1)))
+	})
+	h.claim(network(1), 1, all...)
+	h.within(5*time.Second, "the status counts", func() error {
+		for _, s := range h.loop.Status() {
+			if s.Contested == 150 && len(s.Contests) == 100 {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", h.loop.Status())
+	})
+}
+
 // syncBuffer is a log that may be read while it is written.
 type syncBuffer struct {
 	mu sync.Mutex
