@@ -59,7 +59,7 @@ func TestProgramSwitched(t *testing.T) {
 	}
 	var sent, lost uint64
 	for _, p := range probes {
-		r := unbroken(t, p)
+		r := unbroken(t, p, 3*len(steps)) // both ends' links, and one underlay's
 		sent, lost = sent+r.Sent, lost+r.Lost
 	}
 	figure(t, "port program switched while flows run", len(steps), "%d of %d packets lost, TCP unbroken", lost, sent)
@@ -173,14 +173,15 @@ func (x *switched) same(t *testing.T, state string) {
 // network is the name of a container without its number.
 func network(m member) string { return strings.TrimRight(m.Name, "123") }
 
-// unbroken stops the probe and fails the test unless its connection held and at most one
-// packet in a hundred was lost: the kernel stops a link for some ten milliseconds when it
-// gets or loses its place for filters (qdisc_graft).
-func unbroken(t *testing.T, p *hosts.Probe) hosts.Report {
+// unbroken stops the probe and fails the test unless its connection held, and no more was
+// lost than the kernel loses: it stops a link for some ten milliseconds when that gets or
+// loses its place for filters (qdisc_graft), which happened so many times. The probe sends
+// a packet each millisecond.
+func unbroken(t *testing.T, p *hosts.Probe, times int) hosts.Report {
 	t.Helper()
 	r, _ := p.Stop() // what it says is in r.Err
 	t.Logf("probe: %s", r)
-	if r.TCPErr != nil || r.TCPReceived != r.TCPSent || r.Lost > r.Sent/100 {
+	if r.TCPErr != nil || r.TCPReceived != r.TCPSent || r.Lost > 25*uint64(times) {
 		t.Errorf("%v: %v", r.Err(), r)
 	}
 	return r
