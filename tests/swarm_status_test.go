@@ -44,14 +44,11 @@ func TestSwarmStatus(t *testing.T) {
 			t.Run("plugin disabled", func(t *testing.T) {
 				docker(t, c, "plugin", "disable", "-f", hosts.PluginName)
 				says(t, a, []string{"where the plugin weft:latest was disabled or removed: c;", "silent hosts: c"})
-				docker(t, c, "plugin", "set", hosts.PluginName, "WEFT_SCOPE=local")
-				docker(t, c, "plugin", "enable", hosts.PluginName)
-				says(t, a, []string{"WEFT_SCOPE differs: c has local, this host global"})
-				docker(t, c, "plugin", "disable", "-f", hosts.PluginName)
-				docker(t, c, "plugin", "set", hosts.PluginName, "WEFT_SCOPE=global")
 				docker(t, c, "plugin", "enable", hosts.PluginName)
 				says(t, a, nil)
 			})
+			t.Run("other settings", s.otherSettings)
+			t.Run("other plugin", s.otherPlugin)
 			t.Run("Docker does not answer", func(t *testing.T) {
 				hold := func(signal string) {
 					if _, err := b.Exec(t.Context(), "sh", "-c", "kill -"+signal+" $(cat /run/docker/docker.pid)"); err != nil {
@@ -86,6 +83,61 @@ func TestSwarmStatus(t *testing.T) {
 			})
 		})
 	}
+}
+
+// otherSettings gives a host settings that differ from those of the others.
+func (s *swarm) otherSettings(t *testing.T) {
+	a, c := s.lab.Hosts[0], s.lab.Hosts[2]
+	set := func(setting string) {
+		docker(t, c, "plugin", "disable", "-f", hosts.PluginName)
+		docker(t, c, "plugin", "set", hosts.PluginName, setting)
+		docker(t, c, "plugin", "enable", hosts.PluginName)
+	}
+	for _, row := range []struct{ other, same, said string }{
+		{"WEFT_SCOPE=local", "WEFT_SCOPE=global", "WEFT_SCOPE differs: c has local, this host global"},
+		{"WEFT_DATA_PORT=4900", "WEFT_DATA_PORT=4797", "WEFT_DATA_PORT differs: c has 4900, this host 4797"},
+		{"WEFT_PORT=4900", "WEFT_PORT=4796", "silent hosts: c"},
+	} {
+		set(row.other)
+		says(t, a, []string{row.said})
+		set(row.same)
+		says(t, a, nil)
+	}
+}
+
+// otherPlugin takes the plugin from a host: its tasks wait. Then it puts one of another
+// version there.
+func (s *swarm) otherPlugin(t *testing.T) {
+	a, c := s.lab.Hosts[0], s.lab.Hosts[2]
+	docker(t, c, "rm", "-f", "attached", "other")
+	docker(t, c, "plugin", "disable", "-f", hosts.PluginName)
+	docker(t, c, "plugin", "rm", "-f", hosts.PluginName)
+	// Until its next start dockerd tells Swarm of a plugin that was enabled once.
+	if err := c.StopDockerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.StartDockerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	tells(t, a, "hosts of the Swarm without the plugin weft:latest: c;")
+	s.network(t, "there", 62)
+	s.createService(t, a, "there", "--network", "there", "--constraint", "node.hostname==c")
+	eventually(t, 60*time.Second, "Docker says why the task waits", func(ctx context.Context) error {
+		out, err := a.Docker(ctx, "service", "ps", "--no-trunc", "--format", "{{.CurrentState}} {{.Error}}", "there")
+		for _, part := range []string{"Pending", "no suitable node", "missing plugin on 1 node"} {
+			if err == nil && !strings.Contains(out, part) {
+				err = fmt.Errorf("docker service ps shows %s", out)
+			}
+		}
+		return err
+	})
+	if err := c.InstallPlugin(t.Context(), pluginDir(t, "failpoint", "other"), "WEFT_SCOPE=global", "docker.source=/run/docker.sock", "WEFT_PROGRAM=off"); err != nil {
+		t.Fatal(err)
+	}
+	s.tasks(t, a, "there", 1)
+	tells(t, a, "the plugin's version differs: c has other, this host crash")
+	s.removeServices(t, "there")
+	s.removeNetworks(t, "there")
 }
 
 // virtualAddresses makes services in Docker's default mode beside attached

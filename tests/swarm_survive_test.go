@@ -253,10 +253,13 @@ func demote(t *testing.T, leader, h *hosts.Host) {
 	})
 }
 
-// promote makes a worker a manager.
+// promote makes a worker a manager. Docker refuses it while the host's record changes.
 func promote(t *testing.T, leader, h *hosts.Host) {
 	t.Helper()
-	docker(t, leader, "node", "promote", h.Name)
+	eventually(t, 30*time.Second, h.Name+" is promoted", func(ctx context.Context) error {
+		_, err := leader.Docker(ctx, "node", "promote", h.Name)
+		return err
+	})
 	eventually(t, 30*time.Second, "host "+h.Name+" is a manager", func(ctx context.Context) error {
 		_, err := h.Nodes(ctx)
 		return err
