@@ -188,6 +188,9 @@ func TestTunnelHoldsAgainstNonsense(t *testing.T) {
 			t.Fatalf("%s: %x: verdict %d", what, data, int32(verdict))
 		}
 		if verdict == passed {
+			if !bytes.Equal(out, data) {
+				t.Fatalf("%s: %x is left to the stack as %x", what, data, out)
+			}
 			not++
 			return
 		}

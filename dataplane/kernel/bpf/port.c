@@ -92,6 +92,19 @@ static __always_inline int age(struct __sk_buff *skb, __be16 type)
 	return 1;
 }
 
+/* lives reports whether a packet, after so many bytes in front, has time for another hop. */
+static __always_inline int lives(struct __sk_buff *skb, __u32 front, __be16 type)
+{
+	if (type == ETH_IP4) {
+		struct ip4 *ip = at(skb, front);
+
+		return holds(skb, ip, sizeof(*ip)) && ip->ttl > 1;
+	}
+	struct ip6 *ip = at(skb, front);
+
+	return holds(skb, ip, sizeof(*ip)) && ip->hops > 1;
+}
+
 /* hand_over gives a packet to an endpoint of this host. */
 static __always_inline int hand_over(struct __sk_buff *skb, __be16 type, __u32 vni, const struct dest *d)
 {
@@ -305,7 +318,8 @@ int weft_from_tunnel(struct __sk_buff *skb)
 	if (!holds(skb, at(skb, 0), sizeof(struct ip6)))
 		pull(skb, sizeof(struct ip6));
 	to = arrived(skb, 0, eth.type, DEST_TUNNEL);
-	if (!to || bpf_skb_change_head(skb, sizeof(eth), 0))
+	/* What is left to the stack must not have got a header. */
+	if (!to || !lives(skb, 0, eth.type) || bpf_skb_change_head(skb, sizeof(eth), 0))
 		return TC_ACT_UNSPEC;
 	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0))
 		return TC_ACT_SHOT;
