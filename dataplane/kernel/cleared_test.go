@@ -14,6 +14,7 @@ import (
 // Whoever clears a map of the port program is noticed before the next audit, and a pass
 // brings back what was in it.
 func TestClearedMapsAreRepaired(t *testing.T) {
+	t.Parallel()
 	all := kerneltest.Examples()
 	e := all[slices.IndexFunc(all, func(e kerneltest.Example) bool { return e.Name == "program, services" })]
 	k := newKernel(t, kernel.Config{})

@@ -28,6 +28,7 @@ var layers = []struct {
 // encrypted network goes out plain, whether its destination exists or not, and none that
 // came out of the tunnel goes on. Without any they do, so the test can fail.
 func TestEncryptedStaysClosed(t *testing.T) {
+	t.Parallel()
 	for _, on := range []bool{false, true} {
 		t.Run(map[bool]string{false: "stack", true: "program"}[on], func(t *testing.T) { staysClosed(t, on) })
 	}
@@ -119,6 +120,7 @@ var arriving = []struct{ name, without string }{
 // TestEncryptedTakesNothingPlain has a stranger send to a container of an encrypted network
 // with its host as next hop, under an address of the network and one of its own.
 func TestEncryptedTakesNothingPlain(t *testing.T) {
+	t.Parallel()
 	for _, on := range []bool{false, true} {
 		t.Run(map[bool]string{false: "stack", true: "program"}[on], func(t *testing.T) { takesNothing(t, on) })
 	}

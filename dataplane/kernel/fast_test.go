@@ -20,6 +20,7 @@ const encryptedMode = "encrypted"
 // on both hosts, on one of them, and with its maps empty: the answers are the same, and
 // the counters tell which way they came.
 func TestFastPath(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{store.ModeVXLAN, store.ModeRouted, encryptedMode} {
 		for _, c := range []struct {
 			name   string

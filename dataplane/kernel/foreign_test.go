@@ -28,6 +28,7 @@ func state(t *testing.T, backend string) string {
 
 // What is not ours stays as it is, through making, repair and removal.
 func TestStrangersStay(t *testing.T) {
+	t.Parallel()
 	for _, backend := range []string{"nft", "legacy"} {
 		t.Run(backend, func(t *testing.T) {
 			k := newKernel(t, kernel.Config{Backend: backend})
@@ -119,6 +120,7 @@ func TestForeignLinkWithOurName(t *testing.T) {
 
 // Damage that Apply itself cannot do is seen and repaired in one pass.
 func TestRepairOfStrangersDamage(t *testing.T) {
+	t.Parallel()
 	e := kerneltest.Examples()[2]
 	vni := e.Snapshot.VNI
 	local, remote := e.Snapshot.Endpoints[0], e.Snapshot.Remote[0]
@@ -203,6 +205,7 @@ func TestRepairOfStrangersDamage(t *testing.T) {
 
 // Each rule that goes, comes in between, or moves is seen, and one pass repairs it.
 func TestRepairOfRules(t *testing.T) {
+	t.Parallel()
 	for _, backend := range []string{"nft", "legacy"} {
 		t.Run(backend, func(t *testing.T) {
 			k := newKernel(t, kernel.Config{Backend: backend})

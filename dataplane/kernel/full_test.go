@@ -13,6 +13,7 @@ import (
 // path, of a new service it is said that it has no room, and nothing else fails; when there
 // is room again, both are as others.
 func TestFullMaps(t *testing.T) {
+	t.Parallel()
 	all := fastHosts(t, store.ModeVXLAN, [2]bool{true, true})
 	a, b := all[0], all[1]
 	var empty []func()

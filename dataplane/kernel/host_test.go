@@ -162,6 +162,7 @@ func TestRoutesAndForeignVXLANs(t *testing.T) {
 
 // Outside changes of each kind are told, with the network that they touch.
 func TestWatch(t *testing.T) {
+	t.Parallel()
 	e := kerneltest.Examples()[0]
 	vni := e.Snapshot.VNI
 	bridge, vx, veth := dataplane.BridgeName(vni), dataplane.VXLANName(vni), dataplane.VethName(e.Snapshot.Endpoints[0].ID)

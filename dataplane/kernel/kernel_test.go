@@ -36,10 +36,12 @@ func open(t testing.TB, cfg kernel.Config) *kernel.Kernel {
 }
 
 func TestSuiteNft(t *testing.T) {
+	t.Parallel()
 	kerneltest.Suite(t, func(t *testing.T) dataplane.Kernel { return newKernel(t, kernel.Config{Backend: "nft"}) })
 }
 
 func TestSuiteLegacy(t *testing.T) {
+	t.Parallel()
 	kerneltest.Suite(t, func(t *testing.T) dataplane.Kernel { return newKernel(t, kernel.Config{Backend: "legacy"}) })
 }
 

@@ -200,6 +200,7 @@ func TestDirectAnswersComeFromTheTask(t *testing.T) {
 // TestIdleConnectionsOutlastOthers: a connection that is silent keeps its place while more
 // flows come and go than the tables hold, of each kind, and loses it when it is closed.
 func TestIdleConnectionsOutlastOthers(t *testing.T) {
+	t.Parallel()
 	kerneltest.Netns(t)
 	p, _ := guarded(t, dataplane.Port{Guard: true, Fast: true, Services: true})
 	vip := netip.MustParseAddr("10.1.0.200")

@@ -204,6 +204,7 @@ func echo(t *testing.T, from, to *kerneltest.Place, address netip.Addr) {
 // in both families, also where iptables sees bridged frames and its policy is DROP.
 // The host itself is closed to them, and VXLAN from a stranger is dropped.
 func TestTraffic(t *testing.T) {
+	t.Parallel()
 	for _, v6 := range []bool{false, true} {
 		t.Run(map[bool]string{false: "ipv4 underlay", true: "ipv6 underlay"}[v6], func(t *testing.T) { traffic(t, v6) })
 	}

@@ -26,6 +26,7 @@ import (
 // after the device was removed. In a guest with the kernel's module (WEFT_GUEST) that
 // does it, else Weft's own.
 func TestEncryptedTraffic(t *testing.T) {
+	t.Parallel()
 	for _, on := range []bool{false, true} {
 		t.Run(map[bool]string{false: "stack", true: "program"}[on], func(t *testing.T) { encryptedTraffic(t, on) })
 	}

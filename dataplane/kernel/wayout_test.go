@@ -20,6 +20,7 @@ import (
 // or by Docker, nor a process of the host; from others everybody does. Docker's networks
 // are alike.
 func TestPublishedPortsAreOutside(t *testing.T) {
+	t.Parallel()
 	led := func(s store.Snapshot) store.Snapshot { s.Network.GatewayWeft = true; return s }
 	internal := func(s store.Snapshot) store.Snapshot { s.Network.Internal = true; return s }
 	networks := map[string]store.Snapshot{}
