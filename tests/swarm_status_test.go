@@ -48,6 +48,7 @@ func TestSwarmStatus(t *testing.T) {
 				says(t, a, nil)
 			})
 			t.Run("other settings", s.otherSettings)
+			t.Run("worker", s.worksAlone)
 			t.Run("other plugin", s.otherPlugin)
 			t.Run("Docker does not answer", func(t *testing.T) {
 				hold := func(signal string) {
@@ -83,6 +84,19 @@ func TestSwarmStatus(t *testing.T) {
 			})
 		})
 	}
+}
+
+// worksAlone makes a host a worker, which knows of services only what managers tell.
+func (s *swarm) worksAlone(t *testing.T) {
+	a, c := s.lab.Hosts[0], s.lab.Hosts[2]
+	s.network(t, "late", 63)
+	s.service(t, "late", 1, "--network", "late", "--endpoint-mode", "vip")
+	run(t, c, "late", "--network", "late")
+	demote(t, a, c)
+	says(t, c, []string{"no answer from virtual addresses of services (late): the port program is off"})
+	docker(t, c, "rm", "-f", "late")
+	s.removeServices(t, "late")
+	s.removeNetworks(t, "late")
 }
 
 // otherSettings gives a host settings that differ from those of the others.
@@ -155,9 +169,6 @@ func (s *swarm) virtualAddresses(t *testing.T) {
 	}
 	here := []string{"no answer from virtual addresses of services (web): the port program is off", "no answer from virtual addresses of services (shop): the port program is off"}
 	says(t, a, append([]string{"service web: nobody answers its virtual address, 10.60.", "service shop: nobody answers its virtual address, 10.61."}, here...))
-	demote(t, a, s.lab.Hosts[2])
-	says(t, s.lab.Hosts[2], here) // a worker does not know services
-	promote(t, a, s.lab.Hosts[2])
 	eventually(t, 90*time.Second, "the log tells of the services and what to type", func(context.Context) error {
 		raw, err := os.ReadFile(a.LogFile())
 		for _, part := range []string{"service web: nobody answers its virtual address, 10.60.", "service shop: nobody answers its virtual address, 10.61.", "docker service update --endpoint-mode dnsrr"} {
