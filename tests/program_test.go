@@ -55,6 +55,8 @@ func TestProgramSwitched(t *testing.T) {
 	}{{a, "off"}, {b, "off"}, {a, "auto"}, {b, "auto"}}
 	for _, step := range steps {
 		x.set(t, step.host, step.value)
+		// A plugin that encrypts itself begins anew with its peers.
+		reach(t, x.member("crypt1").Container, x.member("crypt3").IPv4.String())
 		x.same(t, "host "+step.host.Name+" "+step.value)
 	}
 	var sent, lost uint64
