@@ -16,6 +16,10 @@ func ledBridges(v6 bool, networks []store.Network) []store.Network {
 	return chosen(v6, networks, func(n store.Network) bool { return n.OwnGateway() && !n.Routed() })
 }
 
+// leadsOut reports whether Weft leads a network's endpoints out: encrypted ones may have
+// Docker's gateway for that, internal ones have none.
+func leadsOut(n store.Network) bool { return n.OwnGateway() && !n.Internal }
+
 // gatewaysOf returns the gateways of a network of the family.
 func gatewaysOf(v6 bool, n store.Network) (out []netip.Addr) {
 	for _, s := range n.Subnets {
@@ -51,7 +55,7 @@ func closedForward(v6 bool, networks []store.Network) (rules []string) {
 	for _, n := range throughHost(v6, networks) {
 		b := BridgeName(n.VNI)
 		switch {
-		case n.OwnGateway() && !n.Internal:
+		case leadsOut(n):
 		case !n.Routed():
 			rules = append(rules, "-i "+b+" -j DROP", "-o "+b+" -j DROP")
 		default:
@@ -69,7 +73,7 @@ func closedForward(v6 bool, networks []store.Network) (rules []string) {
 func closedInput(v6 bool, networks []store.Network) (rules []string) {
 	icmp := map[bool]string{false: "icmp", true: "ipv6-icmp"}[v6]
 	for _, n := range routedNetworks(v6, networks) {
-		if n.OwnGateway() && !n.Internal {
+		if leadsOut(n) {
 			continue
 		}
 		for _, a := range pools(v6, n) {

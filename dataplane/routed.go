@@ -173,7 +173,7 @@ func planRouter(p Plan, v6 bool, s store.HostSnapshot) {
 	}
 	rules := planPorts(p, v6, s.Published, s.Networks)
 	for _, n := range through {
-		if n.Internal || n.NoMasquerade || !n.OwnGateway() {
+		if !leadsOut(n) || n.NoMasquerade {
 			continue
 		}
 		own := vethPrefix + "+"
@@ -271,7 +271,7 @@ func routedForward(v6 bool, networks []store.Network) []string {
 		rules = append(rules, "-i "+veths+" -o "+to+" -j DROP")
 	}
 	for _, n := range routed {
-		if n.Internal || !n.OwnGateway() {
+		if !leadsOut(n) {
 			continue
 		}
 		for _, a := range pools(v6, n) {

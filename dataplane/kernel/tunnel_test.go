@@ -227,11 +227,15 @@ func watch(t *testing.T, fabric *kerneltest.Place) (seen, plain *atomic.Int64) {
 	return seen, plain
 }
 
+// withoutModule: the guest is the one place where the kernel has WireGuard.
+func withoutModule(t *testing.T) {
+	t.Helper()
+	kerneltest.Need(t, "no-wireguard", os.Getenv("WEFT_GUEST") == "", "needs a kernel without WireGuard's module; the guest's has it")
+}
+
 // A device of the wrong kind is refused with the reason.
 func TestWireGuardIsRefused(t *testing.T) {
-	if os.Getenv("WEFT_GUEST") != "" {
-		t.Skip("this kernel has the module")
-	}
+	withoutModule(t)
 	k := newKernel(t, kernel.Config{WireGuard: "kernel"})
 	refused(t, k, "modprobe wireguard")
 	socket, err := net.ListenPacket("udp", fmt.Sprintf(":%d", kerneltest.TunnelPort))
@@ -245,9 +249,7 @@ func TestWireGuardIsRefused(t *testing.T) {
 // The device that Weft's own WireGuard left is not gone on with where the setting forbids
 // that.
 func TestKernelWireGuardRefusesWhatOwnLeft(t *testing.T) {
-	if os.Getenv("WEFT_GUEST") != "" {
-		t.Skip("this kernel has the module")
-	}
+	withoutModule(t)
 	before := newKernel(t, kernel.Config{})
 	examples := kerneltest.Examples()
 	e := examples[slices.IndexFunc(examples, func(e kerneltest.Example) bool { return e.Name == "encrypted" })]
