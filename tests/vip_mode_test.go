@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"syscall"
 	"testing"
@@ -38,9 +37,7 @@ func (v *vips) modes(t *testing.T) {
 // that only waits for what the task has to say.
 func (v *vips) resets(t *testing.T) {
 	const port = 9002
-	for _, c := range v.running(t) {
-		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
-	}
+	v.echo(t, port)
 	conns := v.connect(t, v.clients[0], 30, port)
 	for _, c := range conns {
 		if err := roundTrip(c); err != nil {
@@ -85,9 +82,7 @@ func wasReset(err error) bool {
 // that only wait are told.
 func (v *vips) gone(t *testing.T) {
 	const port = 9003
-	for _, c := range v.running(t) {
-		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
-	}
+	v.echo(t, port)
 	var conns []net.Conn
 	for _, c := range v.clients {
 		conns = append(conns, v.connect(t, c, 5, port)...)

@@ -233,9 +233,7 @@ func (v *vips) otherProtocols(t *testing.T) {
 // pluginKilled keeps connections busy while the plugin is killed on every host.
 func (v *vips) pluginKilled(t *testing.T) {
 	const port = 9001
-	for _, c := range v.running(t) {
-		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
-	}
+	v.echo(t, port)
 	var conns []net.Conn
 	for _, c := range v.clients {
 		conns = append(conns, v.connect(t, c, 10, port)...)
@@ -283,6 +281,14 @@ func (v *vips) running(t *testing.T) (out []hosts.Container) {
 		out = append(out, hosts.Container{Host: v.lab.Host(task.Host), Name: task.Container})
 	}
 	return out
+}
+
+// echo makes the three tasks listen on a port and send back what comes.
+func (v *vips) echo(t *testing.T, port int) {
+	t.Helper()
+	for _, c := range v.running(t) {
+		listenIn(t, netnsOf(t, c), port, func(c net.Conn) { _, _ = io.Copy(c, c) })
+	}
 }
 
 // connect opens connections to a port of the virtual address.
