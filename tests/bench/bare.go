@@ -21,7 +21,9 @@ import (
 const bareMTU = 1440
 
 // bare connects the two hosts by a WireGuard device each, by wireguard-go's own program:
-// what Weft's encrypted networks are measured against.
+// what Weft's encrypted networks are measured against. It has a cgroup of its own, as a
+// plugin and a container have: the scheduler shares the processor out among cgroups first,
+// and threads of one do without some of the switches (1.78 Gbit/s for 1.64 with two cores).
 func (s *setup) bare() (path, error) {
 	program := filepath.Join(s.plugin, "wireguard-go")
 	if out, err := exec.CommandContext(s.ctx, "go", "build", "-o", program, "golang.zx2c4.com/wireguard").CombinedOutput(); err != nil {
@@ -43,6 +45,9 @@ func (s *setup) bare() (path, error) {
 			return path{}, err
 		}
 		s.started = append(s.started, cmd)
+		if err := h.Confine(cmd.Process.Pid, "wireguard-go"); err != nil {
+			return path{}, err
+		}
 		config := fmt.Sprintf("set=1\nprivate_key=%s\nlisten_port=51999\npublic_key=%s\nendpoint=%s\nallowed_ip=10.40.0.0/24\n\n",
 			hex.EncodeToString(keys[i].Bytes()), hex.EncodeToString(keys[1-i].PublicKey().Bytes()), netip.AddrPortFrom(other.Address, 51999))
 		if err := s.configure(fmt.Sprintf("/proc/%d/root/run/wireguard/bare0.sock", cmd.Process.Pid), config); err != nil {

@@ -58,6 +58,16 @@ func makeCgroup(path string) ([]string, error) {
 	return files, nil
 }
 
+// Confine puts a process of the host into a cgroup of its own, beside those that the
+// engine makes for its plugins.
+func (h *Host) Confine(pid int, name string) error {
+	procs, err := makeCgroup(h.cgroup() + "/engine/" + name)
+	for _, f := range procs {
+		err = errors.Join(err, os.WriteFile(f, []byte(strconv.Itoa(pid)), 0o644))
+	}
+	return err
+}
+
 // removeCgroup removes a cgroup and those in it. The kernel needs a moment after
 // the last process.
 func removeCgroup(ctx context.Context, dir string) error {
