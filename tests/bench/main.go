@@ -208,16 +208,18 @@ func (s *setup) noOffload() error {
 // paths starts two containers of each network on the first host and one on the
 // second, and returns what to measure between.
 func (s *setup) paths() (same, across, encrypted []path, err error) {
-	raw, err := s.veth()
-	if err != nil {
-		return nil, nil, nil, err
+	for _, raw := range [][4]string{{"raw veth", "none", "raw", "10.34.0"}, {"raw veth, its containers on a network", "br", "tracked", "10.39.0"}} {
+		p, err := s.veth(raw[0], raw[1], raw[2], raw[3])
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		same = append(same, p)
 	}
 	bare, err := s.bare()
 	if err != nil {
 		return nil, nil, nil, err
 	}
 	encrypted = append(encrypted, bare)
-	same = append(same, raw)
 	across = append(across, path{"host", s.a.NetNS(), s.b.NetNS(), s.b.Address})
 	for _, n := range []struct{ name, network string }{{"docker bridge", "br"}, {"docker overlay", "ov"}, {"weft", "weft"}, {"weft routed", "routed"}, {"weft, slow path", "weftslow"}, {"weft routed, slow path", "routedslow"}, {"weft encrypted", "crypt"}} {
 		one, _, err := s.container(s.a, n.network+"1", n.network)
@@ -263,28 +265,27 @@ func (s *setup) container(h *hosts.Host, name, network string) (ns string, a net
 	return fmt.Sprintf("/proc/%d/ns/net", pid), a, err
 }
 
-// veth puts a pair between two containers that have no network.
-func (s *setup) veth() (path, error) {
-	var pids []string
-	for _, name := range []string{"raw1", "raw2"} {
-		c, err := s.a.Run(s.ctx, name, "--network", "none")
+// veth puts a pair between two containers on Docker's network, with addresses of the
+// subnet, of which the last byte is left out.
+func (s *setup) veth(name, network, link, subnet string) (path, error) {
+	var pids [2]int
+	for i := range pids {
+		c, err := s.a.Run(s.ctx, fmt.Sprint(link, i+1), "--network", network)
 		if err != nil {
 			return path{}, err
 		}
-		pid, err := c.PID(s.ctx)
-		if err != nil {
+		if pids[i], err = c.PID(s.ctx); err != nil {
 			return path{}, err
 		}
-		pids = append(pids, fmt.Sprint(pid))
 	}
-	script := "ip link add r0 netns " + pids[0] + " type veth peer name r0 netns " + pids[1]
+	script := fmt.Sprintf("ip link add %[1]s netns %[2]d type veth peer name %[1]s netns %[3]d", link, pids[0], pids[1])
 	for i, pid := range pids {
-		script += fmt.Sprintf("; nsenter -t %s -n ip addr add 10.34.0.%d/24 dev r0; nsenter -t %s -n ip link set r0 up", pid, i+1, pid)
+		script += fmt.Sprintf("; nsenter -t %[1]d -n ip addr add %[2]s.%[3]d/24 dev %[4]s; nsenter -t %[1]d -n ip link set %[4]s up", pid, subnet, i+1, link)
 	}
 	if _, err := s.a.Exec(s.ctx, "sh", "-ec", script); err != nil {
 		return path{}, err
 	}
-	return path{"raw veth", "/proc/" + pids[0] + "/ns/net", "/proc/" + pids[1] + "/ns/net", netip.MustParseAddr("10.34.0.2")}, nil
+	return path{name, fmt.Sprintf("/proc/%d/ns/net", pids[0]), fmt.Sprintf("/proc/%d/ns/net", pids[1]), netip.MustParseAddr(subnet + ".2")}, nil
 }
 
 func reach(ctx context.Context, h *hosts.Host, container string, a netip.Addr) error {
