@@ -220,11 +220,7 @@ func (p *process) work(ctx context.Context, wrong error) error {
 // of them fails.
 func (p *process) serveRecords(ctx context.Context) error {
 	p.gate.at("opening the database " + filepath.Join(p.places.state, databaseFile))
-	identity, err := store.LoadIdentity(p.places.state)
-	if err != nil {
-		return err
-	}
-	keys, err := openWGKeys(filepath.Join(p.places.state, wgKeyFile), p.set.tunnelPort)
+	identity, keys, err := loadKeys(p.places.state, p.set.tunnelPort)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -64,6 +65,18 @@ func newWGKey() (wgKey, error) {
 		return wgKey{}, err
 	}
 	return wgKey{Private: store.WGKey(k.Bytes()), Made: time.Now().UTC()}, nil
+}
+
+// loadKeys reads or makes the identity and the WireGuard keys of the host whose state is in
+// dir. A new identity has new WireGuard keys: peers refuse a host that tells those of
+// another, as its former self is to them.
+func loadKeys(dir string, port uint16) (store.Identity, *wgKeys, error) {
+	id, err := store.LoadIdentity(dir, wgKeyFile)
+	if err != nil {
+		return id, nil, err
+	}
+	keys, err := openWGKeys(filepath.Join(dir, wgKeyFile), port)
+	return id, keys, err
 }
 
 // openWGKeys reads the keys, or makes the first one.

@@ -22,11 +22,17 @@ type Identity struct {
 const pemType = "WEFT HOST KEY"
 
 // LoadIdentity reads the host key from dir, or makes one on first start (file
-// host.key, mode 0600).
-func LoadIdentity(dir string) (Identity, error) {
+// host.key, mode 0600). Other secrets in dir are one identity's alone: before a new one is
+// made they are removed, for the folder may be a copy of that of another host.
+func LoadIdentity(dir string, secrets ...string) (Identity, error) {
 	path := filepath.Join(dir, "host.key")
 	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
+		for _, name := range secrets {
+			if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return Identity{}, err
+			}
+		}
 		return makeIdentity(path)
 	}
 	if err != nil {
