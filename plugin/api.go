@@ -124,7 +124,7 @@ type peerReply struct {
 	Via      netip.Addr  `json:"via"`           // by which this host reaches it: its address, or that of the NAT in front of it
 	Networks []store.VNI `json:"networks"`
 	VXLAN    bool        `json:"vxlan,omitempty"` // packets of a network that both run go to it in VXLAN
-	Way      string      `json:"way"`             // of routed networks: "direct" (a plain route) or "vxlan"; of encrypted ones "wireguard", with " (no answer)" while the peer gives none there
+	Way      string      `json:"way"`             // of routed networks: "direct" (a plain route) or "vxlan"; of encrypted ones "wireguard", with " (no answer)" while the peer gives none there, or " (refused, …)"
 }
 
 // poolReply is one entry of GET /v1/ipam.

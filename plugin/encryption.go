@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,6 +46,7 @@ type tunnelPeerReply struct {
 	State     string         `json:"state"`            // "on", "waits" (for an answer), or why not
 	Device    string         `json:"device,omitempty"` // "" while there is none
 	Key       store.WGKey    `json:"key,omitzero"`
+	KeyOf     store.HostID   `json:"keyOf,omitempty"` // whose key it tells as its own, so that there is no way
 	Endpoint  netip.AddrPort `json:"endpoint,omitzero"`
 	Handshake time.Time      `json:"handshake,omitzero"` // the last one
 	Received  int64          `json:"received"`           // bytes
@@ -66,8 +68,18 @@ func (s *services) encryption(ctx context.Context) (encryptionReply, error) {
 	if err != nil {
 		return r, err
 	}
+	names := map[store.HostID]string{}
+	if err := s.db.View(func(tx *store.Tx) error {
+		all, err := tx.Peers()
+		for _, p := range all {
+			names[p.ID] = p.Name
+		}
+		return err
+	}); err != nil {
+		return r, err
+	}
 	for _, p := range dataplane.TunnelPeers(host, s.loop.Underlay()) {
-		r.Peers = append(r.Peers, tunnelsTo(p, devices)...)
+		r.Peers = append(r.Peers, tunnelsTo(p, keyOwner(p.KeyOf, host.Self.ID, names), devices)...)
 	}
 	r.Revoked, err = s.revoked()
 	return r, err
@@ -94,17 +106,29 @@ func way(self store.Host, p store.Peer, own []store.Network, nets []store.PeerNe
 	return text, vxlan
 }
 
-// silentTunnels says of the peers to which a tunnel leads whether they answer there.
+// silentTunnels says of the peers to which a tunnel leads whether they answer there, or
+// why none leads.
 func silentTunnels(peers []peerReply, r encryptionReply) {
-	answers := map[store.HostID]bool{}
+	answers, none := map[store.HostID]bool{}, map[store.HostID]string{}
 	for _, t := range r.Peers {
 		answers[t.ID] = answers[t.ID] || t.State == "on"
+		if t.KeyOf != "" {
+			none[t.ID] = t.State
+		}
 	}
 	for i, p := range peers {
 		if on, there := answers[p.ID]; there && !on {
-			peers[i].Way += " (no answer)"
+			peers[i].Way += " (" + cmp.Or(none[p.ID], "no answer") + ")"
 		}
 	}
+}
+
+// keyOwner returns in words the host whose WireGuard key a peer tells.
+func keyOwner(id, self store.HostID, names map[store.HostID]string) string {
+	if id == self {
+		return "this host"
+	}
+	return "host " + cmp.Or(names[id], short(id))
 }
 
 func (s *services) revoked() (out []revokedReply, err error) {
@@ -179,10 +203,15 @@ func called(all []revokedReply, host string) (out []revokedReply) {
 	return out
 }
 
-// tunnelsTo returns the ways to a peer: two while a key changes.
-func tunnelsTo(p store.Peer, devices []kernel.Tunnel) (out []tunnelPeerReply) {
-	none := tunnelPeerReply{Host: p.Name, ID: p.ID, State: "waits for its device"}
-	if len(p.Tunnel.Keys) == 0 {
+// tunnelsTo returns the ways to a peer: two while a key changes. of is in words whose key it
+// tells, if that is another's.
+func tunnelsTo(p store.Peer, of string, devices []kernel.Tunnel) (out []tunnelPeerReply) {
+	none := tunnelPeerReply{Host: p.Name, ID: p.ID, State: "waits for its device", KeyOf: p.KeyOf}
+	switch {
+	case p.KeyOf != "":
+		none.State = "refused, it tells the key of " + of
+		return append(out, none)
+	case len(p.Tunnel.Keys) == 0:
 		none.State = fmt.Sprintf("its version (%s) cannot encrypt", p.Version)
 		return append(out, none)
 	}

@@ -3,7 +3,32 @@ package main
 import (
 	"slices"
 	"testing"
+
+	"github.com/weftnet/weft/store"
 )
+
+// A host that tells another's key is told so, not that its version cannot encrypt.
+func TestRefusedTunnelSaysWhy(t *testing.T) {
+	p := store.Peer{Host: store.Host{ID: "b", Name: "beta", Version: "1.0"}, KeyOf: "c"}
+	for _, c := range []struct {
+		names map[store.HostID]string
+		self  store.HostID
+		want  string
+	}{
+		{map[store.HostID]string{"c": "gamma"}, "a", "refused, it tells the key of host gamma"},
+		{nil, "a", "refused, it tells the key of host c"},
+		{nil, "c", "refused, it tells the key of this host"},
+	} {
+		rows := tunnelsTo(p, keyOwner(p.KeyOf, c.self, c.names), nil)
+		if len(rows) != 1 || rows[0].State != c.want {
+			t.Errorf("the row says %+v, want %q", rows, c.want)
+		}
+		all := []peerReply{{Peer: p, Way: "wireguard"}}
+		if silentTunnels(all, encryptionReply{Peers: rows}); all[0].Way != "wireguard ("+c.want+")" {
+			t.Errorf("the way is %q", all[0].Way)
+		}
+	}
+}
 
 // A name goes before the beginning of an id; an empty one is nobody's, also where
 // hosts were forgotten and have none.

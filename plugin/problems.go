@@ -334,6 +334,7 @@ func (v view) encryptionProblems() (out []problem) {
 				Remedy: "modprobe wireguard && echo wireguard > /etc/modules-load.d/wireguard.conf; it is used from the plugin's next start"})
 		}
 	}
+	out = append(out, v.keyProblems()...)
 	for _, r := range v.encryption.Revoked {
 		if r.Self {
 			out = append(out, problem{Text: "this host is revoked: the others drop it", Remedy: "if that is wrong, on another host: weft encryption restore " + string(r.ID)})
@@ -342,10 +343,27 @@ func (v view) encryptionProblems() (out []problem) {
 		}
 	}
 	for _, p := range v.encryption.Peers {
-		if p.State != "on" && alive[p.ID] && time.Since(v.status.Started) > unansweredFor {
+		if p.State != "on" && p.KeyOf == "" && alive[p.ID] && time.Since(v.status.Started) > unansweredFor {
 			out = append(out, problem{Text: fmt.Sprintf("nothing of the encrypted networks reaches host %s: it %s", p.Host, p.State),
 				Remedy: fmt.Sprintf("open UDP ports %d and %d between the hosts; compare weft encryption on both", port, port+1)})
 		}
+	}
+	return out
+}
+
+// keyProblems tells of peers that tell the WireGuard key of another host.
+func (v view) keyProblems() (out []problem) {
+	names := map[store.HostID]string{}
+	for _, p := range v.peers {
+		names[p.ID] = p.Name
+	}
+	for _, p := range v.peers {
+		revoked := slices.ContainsFunc(v.encryption.Revoked, func(r revokedReply) bool { return r.ID == p.ID })
+		if p.KeyOf == "" || revoked {
+			continue
+		}
+		out = append(out, problem{Text: fmt.Sprintf("host %s (%s) tells the WireGuard key of %s (%s) as its own: nothing is encrypted to it or taken from it", p.Name, p.ID, keyOwner(p.KeyOf, v.status.Host.ID, names), p.KeyOf),
+			Remedy: "if one of the two was made from a copy of the other: weft encryption rotate on the copy, which gives it a key of its own within a minute; if you know of no copy, the host draws to itself what is not its own: weft encryption revoke " + string(p.ID)})
 	}
 	return out
 }

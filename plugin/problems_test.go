@@ -59,6 +59,17 @@ func TestProblemsAreSaidInWords(t *testing.T) {
 			v.encryption.Devices = []tunnelReply{{Name: "weftw0", Module: true, Port: 4798}}
 			v.encryption.Peers = []tunnelPeerReply{{Host: "beta", ID: "b", State: "waits for its answer"}}
 		}, "nothing of the encrypted networks reaches host beta: it waits for its answer", false},
+		{"key of another host", func(v *view) {
+			v.peers = append(peer(func(p *peerReply) { p.ID, p.KeyOf = "b", "c" }), peerReply{Alive: true, Peer: store.Peer{Host: store.Host{ID: "c", Name: "gamma"}}})
+			v.encryption.Peers = []tunnelPeerReply{{Host: "beta", ID: "b", KeyOf: "c", State: "refused"}}
+		}, "host beta (b) tells the WireGuard key of host gamma (c) as its own: nothing is encrypted to it or taken from it", false},
+		{"key of this host", func(v *view) {
+			v.status.Host.ID, v.peers = "c", peer(func(p *peerReply) { p.ID, p.KeyOf = "b", "c" })
+		}, "host beta (b) tells the WireGuard key of this host (c) as its own: nothing is encrypted to it or taken from it → if one of the two was made from a copy of the other: weft encryption rotate on the copy, which gives it a key of its own within a minute; if you know of no copy, the host draws to itself what is not its own: weft encryption revoke b", false},
+		{"key of another host, which revoked hosts may tell", func(v *view) {
+			v.peers = peer(func(p *peerReply) { p.ID, p.KeyOf = "b", "c" })
+			v.encryption.Revoked = []revokedReply{{ID: "b", Name: "beta"}}
+		}, "host beta (b) is revoked", true},
 		{"revoked", func(v *view) { v.encryption.Revoked = []revokedReply{{ID: "a", Self: true}} }, "this host is revoked", false},
 		{"another revoked", func(v *view) { v.encryption.Revoked = []revokedReply{{ID: "b", Name: "beta"}} }, "host beta (b) is revoked", true},
 		{"failing pass", func(v *view) {

@@ -154,6 +154,9 @@ type Peer struct {
 	// Away: the peer is not on this host's link, though its address is one of that subnet.
 	// Networks behind two NATs often have the same private addresses.
 	Away bool `json:"away,omitempty"`
+	// KeyOf is the host whose WireGuard key the peer tells as one of its own, so that none of
+	// its keys was taken over (Tunnel is zero).
+	KeyOf HostID `json:"keyOf,omitempty"`
 	// Networks is the version of the peer's list of networks that we hold.
 	Networks uint64 `json:"networks,omitempty"`
 	// Revoked is what the peer has told (Tx.MergeRevocations).

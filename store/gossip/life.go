@@ -3,7 +3,9 @@ package gossip
 import (
 	"context"
 	"errors"
+	"maps"
 	"reflect"
+	"slices"
 	"sync"
 	"time"
 
@@ -94,11 +96,13 @@ func (c *Cluster) savePeers(ctx context.Context, all bool) (map[store.HostID]boo
 	if all {
 		sights = c.table.sights()
 	}
-	was, err := c.savedPeers(sights, all)
+	was, held, err := c.savedPeers(sights, all)
 	if err != nil {
 		return nil, err
 	}
-	for id, s := range sights {
+	// In order of their ids: of two hosts that tell one key at once the lower has it.
+	for _, id := range slices.Sorted(maps.Keys(sights)) {
+		s := sights[id]
 		p, known := was[id]
 		alive[id] = s.alive
 		if !known && !s.alive {
@@ -106,7 +110,7 @@ func (c *Cluster) savePeers(ctx context.Context, all bool) (map[store.HostID]boo
 			continue
 		}
 		next, gone := judge(now, s, p, known, c.cfg.HideAfter, c.cfg.ForgetAfter)
-		if gone {
+		if next, _ = held.judge(p, s.told(next)); gone {
 			drop = append(drop, p)
 		} else if !reflect.DeepEqual(next, p) {
 			write = append(write, next)
@@ -115,7 +119,12 @@ func (c *Cluster) savePeers(ctx context.Context, all bool) (map[store.HostID]boo
 	if len(write)+len(drop) == 0 {
 		return alive, nil
 	}
+	claimed := map[store.HostID]store.WGKey{}
 	err = c.db.Update(ctx, func(tx *store.Tx) error {
+		held, err := c.holdersFor(tx, write, was)
+		if err != nil {
+			return err
+		}
 		for i := range write {
 			// A follower may have written meanwhile: decide on what is there now.
 			id := write[i].ID
@@ -123,8 +132,12 @@ func (c *Cluster) savePeers(ctx context.Context, all bool) (map[store.HostID]boo
 			if err != nil && !errors.Is(err, store.ErrNotFound) {
 				return err
 			}
-			write[i], _ = judge(now, sights[id], p, err == nil, c.cfg.HideAfter, c.cfg.ForgetAfter)
-			if err := tx.PutPeer(write[i]); err != nil {
+			next, _ := judge(now, sights[id], p, err == nil, c.cfg.HideAfter, c.cfg.ForgetAfter)
+			next, claimed[id] = held.judge(p, sights[id].told(next))
+			if write[i] = next; reflect.DeepEqual(next, p) {
+				continue // it tells another's key, as before
+			}
+			if err := tx.PutPeer(next); err != nil {
 				return err
 			}
 		}
@@ -147,22 +160,28 @@ func (c *Cluster) savePeers(ctx context.Context, all bool) (map[store.HostID]boo
 			c.table.saved(p.ID, s.rec.Counter)
 		}
 		c.logChange(was[p.ID], p)
+		c.logKey(was[p.ID], p, claimed[p.ID])
 	}
 	return alive, nil
 }
 
-// savedPeers returns what the database says of the hosts, or of all.
-func (c *Cluster) savedPeers(hosts map[store.HostID]sight, all bool) (map[store.HostID]store.Peer, error) {
-	out := map[store.HostID]store.Peer{}
+// savedPeers returns what the database says of the hosts; or of all, and then whose each
+// WireGuard key is.
+func (c *Cluster) savedPeers(hosts map[store.HostID]sight, all bool) (map[store.HostID]store.Peer, holders, error) {
+	out, held := map[store.HostID]store.Peer{}, holders{}
 	err := c.db.View(func(tx *store.Tx) error {
 		if all {
 			peers, err := tx.Peers()
+			if err != nil {
+				return err
+			}
 			for _, p := range peers {
 				out[p.ID] = p
 				if _, ok := hosts[p.ID]; !ok { // written by somebody else than us
 					c.table.remember(p.ID)
 				}
 			}
+			held, err = c.holders(tx)
 			return err
 		}
 		for id := range hosts {
@@ -175,7 +194,7 @@ func (c *Cluster) savedPeers(hosts map[store.HostID]sight, all bool) (map[store.
 		}
 		return nil
 	})
-	return out, err
+	return out, held, err
 }
 
 func (c *Cluster) logChange(was, is store.Peer) {
