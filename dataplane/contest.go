@@ -255,7 +255,9 @@ func away(have Plan, s store.Snapshot, c store.SharedEndpoint, peer store.Peer) 
 		r, _ := have[Route{Link: vx, Prefix: netip.PrefixFrom(a, a.BitLen())}.Key()].(Route)
 		theirs := func(k store.WGKey) bool { return !k.IsZero() && slices.Contains(r.Peers[:], k) }
 		switch {
-		case r.Via.IsValid() && (r.Via == peer.Address || r.Via == linkLocal(tunnelMAC(peer.ID, vx))):
+		case r.Link == vx && r.Via.IsValid():
+			far = max(far, 2*bit(!leadsTo(peer, r.Via, vx, have)))
+		case r.Via.IsValid() && r.Via == peer.Address:
 		case !slices.ContainsFunc(peer.Tunnel.Keys, theirs):
 			far = 2
 		case r.Peers != tunnelRoute(s.Self, peer.Host).Peers:

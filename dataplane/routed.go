@@ -15,7 +15,7 @@ import (
 // A peer on the underlay's link is the next hop itself. Others are reached through a
 // VXLAN device that carries no frames but those between its two ends: its MAC on every
 // host follows from the host's id, so nobody need tell it.
-func planRouted(p Plan, s store.Snapshot, u Underlay) {
+func planRouted(p Plan, s store.Snapshot, u Underlay, have Plan) {
 	n := *s.Network
 	for _, sub := range n.Subnets {
 		p.Add(Route{VNI: n.VNI, Prefix: sub.Pool})
@@ -43,19 +43,20 @@ func planRouted(p Plan, s store.Snapshot, u Underlay) {
 	case n.Encrypted:
 		planEncrypted(p, s, u)
 	case u.Address.IsValid():
-		planPeers(p, s, u)
+		planPeers(p, s, u, have)
 	}
 }
 
 // planPeers adds the ways to the peers' endpoints: a plain route, or where that does not
 // lead there a tunnel.
-func planPeers(p Plan, s store.Snapshot, u Underlay) {
+func planPeers(p Plan, s store.Snapshot, u Underlay, have Plan) {
 	n, vx := *s.Network, VXLANName(s.Network.VNI)
 	p.Add(VXLAN{Name: vx, Alias: NetworkAlias(n), VNI: n.VNI, Local: u.Address, Underlay: u.Link, Port: s.Self.DataPort,
 		MTU: tunnelMTU(u), MAC: tunnelMAC(s.Self.ID, vx), Up: true, NoChecksum: u.NoChecksum})
 	for _, peer := range reachable(s, u) {
 		p.Add(FDB{Link: vx, MAC: tunnelMAC(peer.ID, vx), Dst: peer.Address})
 	}
+	hops := nextHops(reachable(s, u), vx, have)
 	planWays(p, s, u, func(peer store.Peer, a netip.Addr) Route {
 		switch {
 		case across(s.Self, peer, u):
@@ -66,12 +67,33 @@ func planPeers(p Plan, s store.Snapshot, u Underlay) {
 		}
 		mac := tunnelMAC(peer.ID, vx)
 		r := Route{Link: vx, Via: linkLocal(mac)}
-		if a.Is4() && peer.Address.Is4() {
+		if a.Is4() && hops[peer.Address] == peer.ID {
 			r.Via = peer.Address
 		}
 		p.Add(Neigh{Link: vx, IP: r.Via, MAC: mac})
 		return r
 	})
+}
+
+// nextHops returns which peer has its IPv4 address as next hop on the VXLAN device. Of
+// several that tell one address, be it that one of them lies, that is who has it already:
+// the kernel knows a single MAC for it. The others have the address that follows from
+// theirs, as all have where the underlay is IPv6.
+func nextHops(peers []store.Peer, vx string, have Plan) map[netip.Addr]store.HostID {
+	out := make(map[netip.Addr]store.HostID, len(peers))
+	for _, peer := range peers {
+		_, taken := out[peer.Address]
+		if peer.Address.Is4() && (!taken || leadsTo(peer, peer.Address, vx, have)) {
+			out[peer.Address] = peer.ID
+		}
+	}
+	return out
+}
+
+// leadsTo reports whether the kernel has a peer as a next hop on the VXLAN device.
+func leadsTo(peer store.Peer, via netip.Addr, vx string, have Plan) bool {
+	neigh, ok := have[Neigh{Link: vx, IP: via}.Key()].(Neigh)
+	return ok && neigh.MAC == tunnelMAC(peer.ID, vx)
 }
 
 // planWays adds a route to each address of the endpoints of peers, that way tells.

@@ -131,7 +131,7 @@ func planNetwork(s store.Snapshot, u Underlay, have Plan, heard bool) (p Plan, c
 	s.Remote, contests = settle(s, u, have)
 	s.Services = slices.DeleteFunc(slices.Clone(s.Services), func(o store.Service) bool { return !n.Gives(o.VIP) })
 	if n.Routed() {
-		planRouted(p, s, u)
+		planRouted(p, s, u, have)
 		return p, contests, nil
 	}
 	if n.Mode != store.ModeVXLAN {
@@ -231,8 +231,8 @@ func PlanHost(s store.HostSnapshot, u Underlay) Plan {
 		return p
 	}
 	// Through a NAT no VXLAN comes from a peer as it was sent: whoever has its address
-	// here, which may be a private one, is somebody else.
-	s.Peers = slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool { return across(s.Self, p, u) })
+	// here, which may be a private one, is somebody else. So is who has this host's.
+	s.Peers = slices.DeleteFunc(slices.Clone(s.Peers), func(p store.Peer) bool { return p.Address == u.Address || across(s.Self, p, u) })
 	var peers4, peers6 []string
 	for _, peer := range s.Peers {
 		switch {
