@@ -158,6 +158,7 @@ type encryptionView struct {
 	}
 	Peers []struct {
 		Host, State, Key string
+		Addresses        int
 	}
 	Changes bool
 }

@@ -69,6 +69,10 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, insideGuest(docker))
 		os.Exit(1)
 	}
+	if file := os.Getenv(liarVariable); file != "" {
+		fmt.Fprintln(os.Stderr, lie(file))
+		os.Exit(1)
+	}
 	var err error
 	var stop context.CancelFunc
 	interrupted, stop = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
