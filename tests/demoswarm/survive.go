@@ -156,10 +156,15 @@ func (d *demo) emptied(ctx context.Context, asked, h *hosts.Host) error {
 	})
 }
 
-// filled waits until the stack is complete and api runs on the host.
+// filled waits until the update of api is over, the stack is complete and api runs on the
+// host.
 func (d *demo) filled(ctx context.Context, asked, h *hosts.Host) error {
 	return poll(ctx, "tasks of api on "+h.Name, func() (bool, error) {
-		err := d.complete(asked)
+		state, err := asked.Docker(ctx, "service", "inspect", "--format", "{{.UpdateStatus.State}}", "shop_api")
+		if err != nil || state != "completed" {
+			return false, err
+		}
+		err = d.complete(asked)
 		return !strings.HasPrefix(d.task("api", h).Name, "no-task"), err
 	})
 }
