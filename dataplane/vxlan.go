@@ -315,25 +315,27 @@ func planGuard(p Plan, v6 bool, s store.HostSnapshot, u Underlay) {
 
 // leakGuard drops VXLAN that this host would forward to a peer for somebody who is not on
 // the underlay's link: a container with a way out. Masqueraded, or with an address that it
-// made up, it would come to the peer as from a host that the peer knows. Every port counts
-// at which a peer takes VXLAN. It stands twice, like planGuard: Docker's own rules may
+// made up, it would come to the peer as from a host that the peer knows. A peer that takes
+// VXLAN at another port closes that one at its own address alone: what it tells must not
+// close a service of others. It stands twice, like planGuard: Docker's own rules may
 // accept in filter before ours.
-func leakGuard(v6 bool, s store.HostSnapshot, u Underlay) (rules []string) {
+func leakGuard(v6 bool, s store.HostSnapshot, u Underlay) []string {
 	elsewhere := ""
 	if u.Link != "" {
 		elsewhere = "! -i " + u.Link + " "
 	}
-	ports := []uint16{s.Self.DataPort}
+	drop := func(port uint16, to string) string {
+		return fmt.Sprintf("%s-p udp -m udp --dport %d %s -j DROP", elsewhere, port, to)
+	}
+	var others []string
 	for _, peer := range s.Peers {
-		if peer.DataPort != 0 { // a record that does not tell
-			ports = append(ports, peer.DataPort)
+		// Port 0: a record that does not tell.
+		if peer.DataPort != 0 && peer.DataPort != s.Self.DataPort && peer.Address.IsValid() && peer.Address.Is6() == v6 {
+			others = append(others, drop(peer.DataPort, "-d "+peer.Address.String()))
 		}
 	}
-	slices.Sort(ports)
-	for _, port := range slices.Compact(ports) {
-		rules = append(rules, fmt.Sprintf("%s-p udp -m udp --dport %d -m set --match-set %s dst -j DROP", elsewhere, port, peerSetName(v6)))
-	}
-	return rules
+	slices.Sort(others)
+	return append([]string{drop(s.Self.DataPort, "-m set --match-set "+peerSetName(v6)+" dst")}, slices.Compact(others)...)
 }
 
 // planForward lets each network talk within itself, also where Docker's FORWARD
