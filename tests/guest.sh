@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
 # guest.sh: makes the guest in which the kernel's WireGuard is tested, once, in
-# $WEFT_GUEST_DIR or the user's cache: Debian's stock cloud kernel, and an initramfs with
-# its network and disk modules, busybox, ip and iptables. Needs busybox-static, iproute2, iptables.
+# $WEFT_GUEST_DIR or the user's cache: Debian's or Ubuntu's stock kernel for virtual
+# machines, and an initramfs with its network and disk modules, busybox, ip and iptables.
+# Needs busybox-static, iproute2, iptables, and zstd for Ubuntu's kernel.
 set -euo pipefail
 dir=${WEFT_GUEST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/weft/guest}
-newest() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image-/ {print $2; exit}'; }
+# The package of the newest kernel for virtual machines, as Debian and as Ubuntu calls it.
+newest() {
+	for kernel in linux-image-cloud-amd64 linux-image-virtual; do
+		apt-cache depends "$kernel" 2>/dev/null | awk '/Depends: linux-image-/ {print $2; exit}' || true
+	done | head -n 1
+}
 package=$(newest)
 if [ -z "$package" ]; then # apt has no list yet
 	apt-get update -qq
 	package=$(newest)
 fi
-[ -n "$package" ] || { echo "guest.sh: apt knows no linux-image-cloud-amd64" >&2; exit 1; }
+[ -n "$package" ] || { echo "guest.sh: apt knows neither linux-image-cloud-amd64 nor linux-image-virtual" >&2; exit 1; }
+packages=($package)
+for more in linux-modules linux-modules-extra; do # Ubuntu's are in packages of their own
+	if apt-cache show "$more-${package#linux-image-}" >/dev/null 2>&1; then
+		packages+=("$more-${package#linux-image-}")
+	fi
+done
 stamp="$package $(sha256sum "$0" | cut -c1-12)"
 [ "$(cat "$dir/version" 2>/dev/null)" = "$stamp" ] && exit 0
 
@@ -20,20 +32,31 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 chmod 755 "$work"
 chown _apt "$work" 2>/dev/null || true # else apt warns
-(cd "$work" && apt-get download -qq "$package" && dpkg-deb -x "$package"_*.deb image)
+(cd "$work" && apt-get download -qq "${packages[@]}")
+for deb in "$work"/*.deb; do
+	dpkg-deb -x "$deb" "$work/image"
+done
 root=$work/root
 mkdir -p "$root"/{bin,sbin,usr,proc,sys,dev,run,tmp,etc,lib/modules}
 cp /bin/busybox "$root/bin/busybox"
-release=$(ls "$work/image/lib/modules")
-for part in net crypto lib arch/x86/crypto arch/x86/lib drivers/net/wireguard drivers/net/vxlan drivers/net/veth.ko drivers/net/tun.ko drivers/net/dummy.ko \
-	drivers/virtio drivers/block/virtio_blk.ko drivers/net/virtio_net.ko drivers/net/net_failover.ko; do
-	from=$work/image/lib/modules/$release/kernel/$part
-	[ -e "$from" ] || continue
-	to=$root/lib/modules/$release/kernel/$(dirname "$part")
-	mkdir -p "$to"
-	cp -r "$from" "$to"
+release=$(basename "$work"/image/boot/vmlinuz-*)
+release=${release#vmlinuz-}
+modules=$work/image/lib/modules/$release
+[ -d "$modules" ] || modules=$work/image/usr/lib/modules/$release
+to=$root/lib/modules/$release
+for part in net crypto lib arch/x86/crypto arch/x86/lib drivers/net/wireguard drivers/net/vxlan drivers/net/{veth,tun,dummy,virtio_net,net_failover}.ko \
+	drivers/virtio drivers/block/virtio_blk.ko; do
+	for from in "$modules/kernel/$part" "$modules/kernel/$part".{xz,zst}; do
+		[ -e "$from" ] || continue
+		mkdir -p "$to/kernel/$(dirname "$part")"
+		cp -r "$from" "$to/kernel/$(dirname "$part")"
+	done
 done
-cp "$work/image/lib/modules/$release"/modules.{order,builtin} "$root/lib/modules/$release/"
+cp "$modules"/modules.{order,builtin} "$to/"
+# busybox reads none that is compressed, as those of newer releases are.
+find "$to" -name '*.ko.xz' -exec busybox unxz {} +
+find "$to" -name '*.ko.zst' -exec zstd -q -d --rm {} +
+sed -i 's/\.ko\..*/.ko/' "$to/modules.order"
 busybox depmod -b "$root" "$release"
 # A program, with the libraries that it needs, at the same paths.
 bring() {

@@ -17,6 +17,8 @@ command -v go >/dev/null || { echo "run.sh: Go is not installed; see https://go.
 
 # need PROGRAM PACKAGE ...: the packages whose program is missing.
 missing=()
+# Ubuntu has bpftool in a package with its kernel, whose modules are compressed.
+ubuntu() { grep -q '^ID=ubuntu' /etc/os-release; }
 need() { [ -e "$1" ] || command -v "$1" >/dev/null || missing+=("$2"); }
 need dockerd docker.io
 need docker docker.io
@@ -33,7 +35,12 @@ if [ "$what" = test ] || [ "$what" = soak ]; then
 	need qemu-system-x86_64 qemu-system-x86
 	need mke2fs e2fsprogs
 	need /usr/include/stdlib.h libc6-dev
-	need bpftool bpftool
+	if ubuntu; then
+		need /usr/lib/linux-tools linux-tools-generic
+		need zstd zstd
+	else
+		need bpftool bpftool
+	fi
 	need tc iproute2
 	need /usr/include/bpf/bpf_helpers.h libbpf-dev
 fi
@@ -47,6 +54,10 @@ install() {
 }
 if [ ${#missing[@]} -gt 0 ]; then
 	install "${missing[@]}"
+fi
+
+if ubuntu; then # what it has at bpftool's usual place looks for the running kernel's
+	PATH=$(dirname "$(printf '%s\n' /usr/lib/linux-tools/*/bpftool | sort -V | tail -1)"):$PATH
 fi
 
 # compiler: the port program is compiled again by the compiler of which the committed
