@@ -129,9 +129,13 @@ func (out outcasts) merge(now, old Object) Object {
 			now.Backends = strings.Join(all[:min(len(all), MaxBackends)], ",")
 		}
 		return now
-	case Veth: // it may have asked a virtual address
-		old, ok := old.(Veth)
-		now.Program.Services = now.Program.Services || ok && old.Program.Services && now.Program != (Port{})
+	case Veth: // it may have asked a virtual address, or reach somebody over a smaller link
+		if old, ok := old.(Veth); ok && now.Program != (Port{}) {
+			now.Program.Services = now.Program.Services || old.Program.Services
+			if old.Program.MTU != 0 {
+				now.Program.MTU = min(now.Program.MTU, old.Program.MTU)
+			}
+		}
 		return now
 	case Dest:
 		old, ok := old.(Dest)

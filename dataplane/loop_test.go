@@ -137,6 +137,9 @@ func (h *host) peersOf(net store.Network, n int) {
 		for i := range n {
 			id := store.HostID(fmt.Sprintf("peer%03d", i))
 			p := store.Peer{Host: store.Host{ID: id, Name: string(id), Address: netip.AddrFrom4([4]byte{192, 0, 2, byte(10 + i)}), Public: h.public, Epoch: 1, Tunnel: kerneltest.TunnelOf(id, 1)}}
+			if i == n-1 {
+				p.MTU = 1400 // the link of one is smaller
+			}
 			if err := tx.PutPeer(p); err != nil {
 				return err
 			}

@@ -125,7 +125,7 @@ type Veth struct {
 	Alias  string    // holds endpoint, network, MAC and addresses
 	Bridge string    // master; empty on a routed network
 	MAC    store.MAC // of the container's side, set at creation
-	MTU    int       // of both sides; once Docker has taken one, both keep what they have
+	MTU    int       // of both sides; once Docker has taken one, both keep what they have (Port.MTU)
 	Up     bool
 	// Joined: the container's side was handed over to Docker, also told by the
 	// alias. The link then cannot be made again, only repaired.

@@ -36,6 +36,9 @@ type Port struct {
 	Fast       bool // known destinations are reached past the host's stack
 	Routed     bool // the host is the next hop of every packet
 	Services   bool // of the network: virtual addresses are answered
+	// MTU in bytes of the network where that may change: who sends longer packets is told.
+	// A container keeps the MTU with which it started. 0: any length passes.
+	MTU int
 }
 
 // Dest is a destination that the port program knows: in a bridged network a MAC, in a
@@ -116,6 +119,9 @@ func (o Port) String() string {
 			s = append(s, a.String())
 		}
 	}
+	if o.MTU != 0 {
+		s = append(s, fmt.Sprintf("mtu %d", o.MTU))
+	}
 	return "program [" + strings.Join(s, " ") + "]"
 }
 
@@ -165,13 +171,17 @@ func planProgram(p Plan, s store.HostSnapshot, u Underlay) {
 
 func fast(n store.Network) bool { return !n.SlowPath }
 
-// portOf returns what the port program must know of an endpoint.
-func portOf(s store.Snapshot, e store.Endpoint, u Underlay) Port {
+// portOf returns what the port program must know of an endpoint, on a network with the
+// MTU.
+func portOf(s store.Snapshot, e store.Endpoint, u Underlay, mtu int) Port {
 	n := *s.Network
 	if !u.Program || n.Unguarded && n.SlowPath {
 		return Port{}
 	}
-	return Port{VNI: n.VNI, MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(), Guard: !n.Unguarded, Other: n.AnyEthertype,
+	if n.MTU != 0 { // what the user chose is not looked after
+		mtu = 0
+	}
+	return Port{MTU: mtu, VNI: n.VNI, MAC: e.MAC, IPv4: e.IPv4.Addr(), IPv6: e.IPv6.Addr(), Guard: !n.Unguarded, Other: n.AnyEthertype,
 		// The answers of a published port may have to be translated back.
 		Fast: !n.SlowPath && !(n.Routed() && len(e.Ports) > 0), Routed: n.Routed(), Services: s.Served && !n.SlowPath}
 }

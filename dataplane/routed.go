@@ -27,7 +27,7 @@ func planRouted(p Plan, s store.Snapshot, u Underlay, have Plan) {
 		}
 		veth := VethName(e.ID)
 		o := Veth{Name: veth, Alias: EndpointAlias(e), MAC: e.MAC, MTU: mtu, Up: true, Joined: e.Sandbox != "",
-			Program: portOf(s, e, u), Router: NewRouter(len(e.Ports) > 0 && e.IPv4.IsValid(), n.GatewayOf(e.IPv4.Addr()), n.GatewayOf(e.IPv6.Addr()))}
+			Program: portOf(s, e, u, mtu), Router: NewRouter(len(e.Ports) > 0 && e.IPv4.IsValid(), n.GatewayOf(e.IPv4.Addr()), n.GatewayOf(e.IPv6.Addr()))}
 		for _, a := range []netip.Addr{e.IPv4.Addr(), e.IPv6.Addr()} {
 			if !a.IsValid() {
 				continue

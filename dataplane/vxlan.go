@@ -166,7 +166,7 @@ func planEndpoint(p Plan, s store.Snapshot, e store.Endpoint, u Underlay, inner 
 	}
 	veth := VethName(e.ID)
 	p.Add(Veth{Name: veth, Alias: EndpointAlias(e), Bridge: BridgeName(s.VNI), MAC: e.MAC, MTU: inner, Up: true, Joined: e.Sandbox != "",
-		Hairpin: len(e.Ports) > 0, Program: portOf(s, e, u)})
+		Hairpin: len(e.Ports) > 0, Program: portOf(s, e, u, inner)})
 	p.Add(FDB{Link: veth, MAC: e.MAC, Master: true})
 	planLocalDests(p, s, e, u)
 }

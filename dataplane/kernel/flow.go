@@ -38,7 +38,7 @@ const droppedVerdict = "dropped: "
 // has them.
 func verdictOf(v uint8) Verdict {
 	const first = len(bpf.ProgramCounters{}.Dropped)
-	behind := []Verdict{"fast", "slow", droppedVerdict + "service"}
+	behind := []Verdict{"fast", "slow", droppedVerdict + "service", droppedVerdict + "mtu"}
 	switch i := int(v); {
 	case i > 0 && i < len(Reasons):
 		return droppedVerdict + Verdict(Reasons[i])

@@ -66,7 +66,7 @@ func FuzzSettingsValue(f *testing.F) {
 func FuzzPortValue(f *testing.F) {
 	fuzz(f, func(t *testing.T, m *material) {
 		o := dataplane.Port{VNI: m.vni(), MAC: m.mac(), IPv4: m.ip4(), IPv6: m.ip6(),
-			Guard: m.bit(), Other: m.bit(), Fast: m.bit(), Routed: m.bit(), Services: m.bit()}
+			Guard: m.bit(), Other: m.bit(), Fast: m.bit(), Routed: m.bit(), Services: m.bit(), MTU: int(m.port())}
 		comesBack(t, o, portObject(portValue(o)))
 	})
 }

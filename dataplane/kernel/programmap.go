@@ -84,11 +84,11 @@ func swap(port uint16) uint16 {
 }
 
 func portValue(o dataplane.Port) bpf.ProgramPort {
-	return bpf.ProgramPort{Vni: uint32(o.VNI), Ip4: fromAddr4(o.IPv4), Ip6: fromAddr(o.IPv6), Mac: o.MAC, Flags: bitsOf(portFlags(&o))}
+	return bpf.ProgramPort{Vni: uint32(o.VNI), Ip4: fromAddr4(o.IPv4), Ip6: fromAddr(o.IPv6), Mac: o.MAC, Flags: bitsOf(portFlags(&o)), Mtu: uint32(o.MTU)}
 }
 
 func portObject(v bpf.ProgramPort) dataplane.Port {
-	o := dataplane.Port{VNI: store.VNI(v.Vni), MAC: v.Mac}
+	o := dataplane.Port{VNI: store.VNI(v.Vni), MAC: v.Mac, MTU: int(v.Mtu)}
 	if v.Ip4 != 0 {
 		o.IPv4 = toAddr4(v.Ip4)
 	}

@@ -98,6 +98,7 @@ func (m *machine) program(t *testing.T, all ...*machine) {
 			s.Remote = append(s.Remote, store.RemoteEndpoint{Owner: o.self.ID, SharedEndpoint: e.Shared()})
 		}
 	}
+	s.Around = s.Peers
 	network, err := dataplane.PlanNetwork(s, m.under)
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +148,8 @@ func (m *machine) start(t *testing.T) {
 // echo checks that from reaches to by UDP and by a megabyte of TCP.
 func echo(t *testing.T, from, to *kerneltest.Place, address netip.Addr) {
 	t.Helper()
-	target := netip.AddrPortFrom(address, 7000).String()
+	// A socket that is closed may still hold its port: in a child that was just forked.
+	target := netip.AddrPortFrom(address, 0).String()
 	var server net.Listener
 	var packets net.PacketConn
 	var err, err2 error
@@ -177,8 +179,8 @@ func echo(t *testing.T, from, to *kerneltest.Place, address netip.Addr) {
 	}()
 	var c, u net.Conn
 	from.Do(func() {
-		c, err = (&net.Dialer{Timeout: 5 * time.Second}).Dial("tcp", target)
-		u, err2 = net.Dial("udp", target)
+		c, err = (&net.Dialer{Timeout: 5 * time.Second}).Dial("tcp", server.Addr().String())
+		u, err2 = net.Dial("udp", packets.LocalAddr().String())
 	})
 	if err := errors.Join(err, err2); err != nil {
 		t.Errorf("connect to %s: %v", target, err)

@@ -202,6 +202,10 @@ func variants(o dataplane.Object) []dataplane.Object {
 			e.Hairpin = !o.Hairpin
 			out = append(out, e)
 		}
+		if f := o; o.Program.MTU != 0 {
+			f.Program.MTU = 1300
+			out = append(out, f)
+		}
 		if d := o; o.Router.On {
 			d.Router = dataplane.NewRouter(o.Router.Local, netip.MustParseAddr("203.0.113.1"))
 			out = append(out, d)

@@ -22,7 +22,8 @@ struct pair {
 #define VERDICT_FAST REASONS
 #define VERDICT_SLOW (REASONS + 1)
 #define VERDICT_LOST (REASONS + 2) /* dropped behind the guard: nobody is there at a virtual address */
-#define VERDICTS (REASONS + 3)
+#define VERDICT_LONG (REASONS + 3) /* longer than the network's MTU: the sender was told */
+#define VERDICTS (REASONS + 4)
 
 struct tally {
 	__u64 packets; /* as on the wire: what is cut later counts as its pieces */

@@ -33,6 +33,7 @@ struct port {
 	struct addr ip6;
 	__u8 mac[6];
 	__u16 flags;
+	__u32 mtu; /* of the network where it may change; 0: any length passes */
 };
 #define PORT_GUARD 1  /* only its own addresses, no announcements of others' */
 #define PORT_OTHER 2  /* ethertypes other than IPv4, IPv6 and ARP pass the guard */

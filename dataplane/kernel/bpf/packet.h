@@ -41,6 +41,7 @@ struct ip4 { /* RFC 791 */
 	__u32 dst;
 };
 #define IP4_PART bpf_htons(0x3fff)   /* more fragments, or an offset */
+#define IP4_DF bpf_htons(0x4000)     /* do not fragment */
 #define IP4_OFFSET bpf_htons(0x1fff)
 
 struct ip6 { /* RFC 8200 */

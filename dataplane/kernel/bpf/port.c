@@ -5,6 +5,7 @@
  * devices; all as tc filters on ingress. What they do not know, or what is not plain,
  * they leave to the bridge, the routes and the rules, which are complete without them. */
 #include "guard.h"
+#include "mtu.h"
 #include "vip.h"
 #include "flow.h"
 #include <linux/pkt_cls.h>
@@ -263,6 +264,12 @@ int weft_from_container(struct __sk_buff *skb)
 			return TC_ACT_SHOT;
 		}
 	}
+	what = too_long(skb, p);
+	if (what != PASS_ON) {
+		tally(&sent, VERDICT_LONG);
+		return what;
+	}
+	what = TC_ACT_UNSPEC;
 	if (p->flags & (PORT_FAST | PORT_VIPS)) {
 		/* Headers may lie outside of the linear part. */
 		if (!holds(skb, at(skb, 0), sizeof(struct eth) + sizeof(struct ip6)))

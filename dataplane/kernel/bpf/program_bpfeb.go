@@ -91,6 +91,7 @@ type ProgramPort struct {
 	Ip6   ProgramAddr
 	Mac   [6]uint8
 	Flags uint16
+	Mtu   uint32
 }
 
 type ProgramService struct {
