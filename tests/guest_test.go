@@ -39,10 +39,10 @@ func TestGuest(t *testing.T) {
 		}
 	}
 	which := []string{"TestSCTP", "TestEncryptedTraffic", "TestRoamedPeer", "TestSuiteNft/round_trip/encrypted", "TestProgramLoads", "TestGuard", "TestFlowsAreCounted", "TestFlowsOfServices",
-		"TestFastPath/.*/both", "TestHops/routed/fast", "TestSuiteNft/round_trip/program"}
+		"TestFastPath/.*/both", "TestHops/routed/fast", "TestRunningContainersFollow/.*/known_true", "TestSuiteNft/round_trip/program"}
 	if soak() {
 		which = []string{"TestSCTP", "TestEncryptedTraffic", "TestRoamedPeer", "TestSuiteNft/round_trip", "TestSuiteNft/repair/encrypted", "TestSuiteNft/repair/own_gateway", "TestSuiteNft/repair/routed", "TestSuiteNft/repair/program",
-			"TestProgramLoads", "TestGuard", "TestFlows", "TestFastPath", "TestHops", "TestTraffic", "TestServices", "TestPublishedEndpoints", "TestAnswers", "TestDirectAnswers", "TestAllTasks", "TestVXLAN", "TestTunnelHolds",
+			"TestProgramLoads", "TestGuard", "TestFlows", "TestFastPath", "TestRunningContainersFollow", "TestHops", "TestTraffic", "TestServices", "TestPublishedEndpoints", "TestAnswers", "TestDirectAnswers", "TestAllTasks", "TestVXLAN", "TestTunnelHolds",
 			"TestClearedMaps", "TestUpgradeKeeps"}
 	}
 	script := fmt.Sprintf("modprobe sctp && modprobe xt_sctp && export WEFT_GUEST=1 WEFT_TEST_MUST=root &&\n"+

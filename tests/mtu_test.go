@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os/exec"
 	"strconv"
 	"strings"
 	"syscall"
@@ -120,44 +121,93 @@ func whole(t *testing.T, from, to hosts.Container, at netip.Addr, size int) erro
 	return arrives(out, in, at.Is6(), size)
 }
 
-// smaller gives the second host a link with a smaller MTU: new containers on both have
-// one that fits, and TCP of running ones goes on.
+// smaller gives the second host a link with a smaller MTU, and then the former one: new
+// containers on both hosts get what fits, and running ones are told.
 func smaller(t *testing.T, lab *hosts.Lab) {
 	a, b := lab.Hosts[0], lab.Hosts[1]
 	for _, w := range ways {
 		serve(t, hosts.Container{Host: b, Name: w.name}, "word")
 		command(t, hosts.Container{Host: b, Name: w.name}, "dd", "if=/dev/zero", "of=/srv/big", "bs=1M", "count=1")
 	}
-	if _, err := b.Exec(t.Context(), "ip", "link", "set", "eth0", "mtu", "1400"); err != nil {
-		t.Fatal(err)
-	}
-	for _, w := range ways {
-		for _, h := range lab.Hosts {
-			eventually(t, 20*time.Second, "host "+h.Name+" knows the smaller MTU of network "+w.name, func(context.Context) error {
-				for _, n := range view[[]networkView](t, h, "networks") {
-					if n.Subnets[0].Pool == fmt.Sprintf("10.%d.0.0/16", w.second) && n.EffectiveMTU != 1400-w.overhead {
-						return fmt.Errorf("it is %d", n.EffectiveMTU)
+	told := 0
+	for _, mtu := range []int{1400, 1500} {
+		if _, err := b.Exec(t.Context(), "ip", "link", "set", "eth0", "mtu", strconv.Itoa(mtu)); err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range ways {
+			fits := mtu - w.overhead
+			for _, h := range lab.Hosts {
+				eventually(t, 20*time.Second, fmt.Sprintf("host %s knows the MTU of network %s", h.Name, w.name), func(context.Context) error {
+					for _, n := range view[[]networkView](t, h, "networks") {
+						if n.Subnets[0].Pool == fmt.Sprintf("10.%d.0.0/16", w.second) && n.EffectiveMTU != fits {
+							return fmt.Errorf("it is %d", n.EffectiveMTU)
+						}
 					}
-				}
-				return nil
-			})
-		}
-		onA, onB := []string{"--network", w.name}, []string{"--network", w.name}
-		if w.name != "routed" {
-			onA, onB = append(onA, "--ip6", fmt.Sprintf("fd00:%d::a2", w.second)), append(onB, "--ip6", fmt.Sprintf("fd00:%d::b2", w.second))
-		}
-		from, to := run(t, a, "new-"+w.name, onA...), run(t, b, "new-"+w.name, onB...)
-		at := addressOf(t, to, w.name)
-		reach(t, from, at.String())
-		largest(t, from, to, at, 1400-w.overhead)
-		if w.name == "vxlan" {
-			continue // what runs on a bridge keeps its MTU, and nobody between can tell it
-		}
-		old := hosts.Container{Host: a, Name: w.name}
-		served := addressOf(t, hosts.Container{Host: b, Name: w.name}, w.name).String()
-		if out := command(t, old, "sh", "-c", "timeout 20 wget -q -O - http://"+served+"/big | wc -c"); strings.TrimSpace(out) != "1048576" {
-			t.Errorf("network %s: a running container gets %s bytes of 1 MiB over the smaller link", w.name, out)
+					return nil
+				})
+			}
+			onA, onB := hosts.Container{Host: a, Name: w.name}, hosts.Container{Host: b, Name: w.name}
+			served := addressOf(t, onB, w.name).String()
+			if out := command(t, onA, "sh", "-c", "timeout 20 wget -q -O - http://"+served+"/big | wc -c"); strings.TrimSpace(out) != "1048576" {
+				t.Errorf("network %s: a running container gets %s bytes of 1 MiB over a link of %d", w.name, out, mtu)
+			}
+			told += follows(t, onA, onB, w.name, w.second, fits) + follows(t, onB, onA, w.name, w.second, fits)
+			if mtu == 1400 {
+				fresh(t, a, b, w.name, w.second, fits)
+			}
 		}
 	}
-	figure(t, "underlay of one host becomes smaller", len(ways), "both hosts give new containers what fits")
+	figure(t, "underlay of one host becomes smaller, and larger again", told, "running containers send what fits, and more is refused; new ones get what fits")
+}
+
+// follows waits until a running container can send packets of the MTU, and is refused
+// longer ones, and returns to how many addresses.
+func follows(t *testing.T, from, to hosts.Container, network string, second, fits int) int {
+	t.Helper()
+	all := []netip.Addr{addressOf(t, to, network)}
+	if network != "routed" {
+		all = append(all, netip.MustParseAddr(fmt.Sprintf("fd00:%d::%s1", second, to.Host.Name)))
+	}
+	for _, at := range all {
+		headers := 28
+		if at.Is6() {
+			headers = 48
+		}
+		eventually(t, 20*time.Second, fmt.Sprintf("%s on %s sends %d bytes to %s, and no more", from.Name, from.Host.Name, fits, at), func(context.Context) error {
+			if err := inside(t, from, forgetMTU); err != nil {
+				t.Fatal(err)
+			}
+			switch err := whole(t, from, to, at, fits-headers+1); {
+			case err == nil:
+				return fmt.Errorf("%d bytes arrive", fits+1)
+			case !errors.Is(err, syscall.EMSGSIZE):
+				return err
+			}
+			return whole(t, from, to, at, fits-headers)
+		})
+	}
+	return len(all)
+}
+
+// forgetMTU takes away what Linux was told of ways, which it keeps for ten minutes.
+func forgetMTU() error {
+	for _, family := range []string{"-4", "-6"} {
+		if out, err := exec.Command("ip", family, "route", "flush", "cache").CombinedOutput(); err != nil {
+			return fmt.Errorf("ip %s route flush cache: %w: %s", family, err, out)
+		}
+	}
+	return nil
+}
+
+// fresh starts containers, whose interfaces have the MTU.
+func fresh(t *testing.T, a, b *hosts.Host, network string, second, fits int) {
+	t.Helper()
+	onA, onB := []string{"--network", network}, []string{"--network", network}
+	if network != "routed" {
+		onA, onB = append(onA, "--ip6", fmt.Sprintf("fd00:%d::a2", second)), append(onB, "--ip6", fmt.Sprintf("fd00:%d::b2", second))
+	}
+	from, to := run(t, a, "new-"+network, onA...), run(t, b, "new-"+network, onB...)
+	at := addressOf(t, to, network)
+	reach(t, from, at.String())
+	largest(t, from, to, at, fits)
 }
