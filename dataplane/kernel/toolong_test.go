@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/cilium/ebpf"
+
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/dataplane/kerneltest"
 )
@@ -124,4 +126,35 @@ func noAnswer(frame, out []byte, v6 bool, mtu uint32) string {
 		return "about another packet"
 	}
 	return ""
+}
+
+// TestTooLongSegments: of what is cut on the way each piece must fit. Those of SCTP are as
+// long as its chunks are, which the program does not see.
+func TestTooLongSegments(t *testing.T) {
+	kerneltest.Netns(t)
+	p, _ := guarded(t, dataplane.Port{MTU: 1350, Guard: true})
+	for _, c := range []struct {
+		what  string
+		proto byte
+		size  uint32 // of a piece, without its headers
+		want  uint32
+	}{
+		{"TCP fits", 6, 1350 - 20 - 20, passed},
+		{"TCP is too long", 6, 1350 - 20 - 20 + 1, redirected},
+		{"UDP fits", 17, 1350 - 20 - 8, passed},
+		{"UDP is too long", 17, 1350 - 20 - 8 + 1, redirected},
+		{"SCTP", 132, 0xffff, passed},
+	} {
+		frame := lengthened(t, "ipv4", 3000)
+		binary.BigEndian.PutUint16(frame[20:], 0x4000)
+		frame[23], frame[46] = c.proto, 5<<4
+		var context [192]byte // struct __sk_buff, linux/bpf.h
+		binary.NativeEndian.PutUint32(context[164:], 3)
+		binary.NativeEndian.PutUint32(context[176:], c.size)
+		got, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256), Context: context})
+		must(t, err)
+		if got != c.want {
+			t.Errorf("%s: verdict %d, want %d", c.what, int32(got), int32(c.want))
+		}
+	}
 }

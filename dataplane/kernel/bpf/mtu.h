@@ -12,6 +12,7 @@
 #define ICMP6_TOO_LONG 2
 #define ICMP6_INFO 128 /* and above: no errors */
 #define MIN_MTU6 1280
+#define GSO_BY_FRAGS 0xffff /* of SCTP: as long as its chunks, which are not told */
 
 struct too_long { /* ICMP and ICMPv6 */
 	__u8 type;
@@ -29,6 +30,8 @@ static __always_inline int fits(struct __sk_buff *skb, __u32 mtu, __u32 l4, __u8
 
 	if (!skb->gso_size)
 		return skb->len - L3 <= mtu;
+	if (skb->gso_size == GSO_BY_FRAGS)
+		return 1;
 	if (next == NEXT_TCP) {
 		if (bpf_skb_load_bytes(skb, l4 + offsetof(struct tcp, offset), &offset, 1))
 			return 1;
