@@ -19,8 +19,9 @@ func TestEndFinishesACutPass(t *testing.T) {
 		h.peers(1, 2)
 		h.update(func(tx *store.Tx) error { return tx.PutNetwork(network(1)) })
 		h.settled()
-		first, reached, ended := -1, make(chan struct{}), make(chan struct{})
+		first, removed, reached, ended := -1, make(chan struct{}), make(chan struct{}), make(chan struct{})
 		h.kernel.Before = func(n int, _ dataplane.Op) error {
+			<-removed // what a pass of before still has to do is cut no earlier
 			if first < 0 {
 				first = n
 			}
@@ -32,6 +33,7 @@ func TestEndFinishesACutPass(t *testing.T) {
 			return nil
 		}
 		h.update(func(tx *store.Tx) error { return tx.DeleteNetwork(network(1).ID) })
+		close(removed)
 		select {
 		case <-reached:
 			<-ended
