@@ -92,6 +92,10 @@ func (s *socketTest) records(t *testing.T) string {
 		}
 		for _, one := range all {
 			delete(one, "status") // of the last pass
+			// In networks why the program is off, in endpoints what it has counted.
+			if _, counts := one["program"].(map[string]any); counts {
+				delete(one, "program")
+			}
 			line, err := json.Marshal(one)
 			if err != nil {
 				t.Fatal(err)

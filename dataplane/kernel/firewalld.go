@@ -25,7 +25,13 @@ type Firewalld struct {
 
 // Firewalld reads firewalld's rules.
 func (k *Kernel) Firewalld(ctx context.Context) (f Firewalld, err error) {
-	zones, err := k.firewalldRules("filter_FORWARD_ZONES")
+	// The last rules are those of the default zone.
+	zones, last := [][]byte(nil), 1
+	if zones, err = k.firewalldRules("filter_FORWARD_ZONES"); err == nil && len(zones) == 0 {
+		// From version 2 on zones are beside policies, and what ends a zone is a rule more.
+		last = 2
+		zones, err = k.firewalldRules("filter_FORWARD_POLICIES")
+	}
 	if err != nil {
 		return f, err
 	}
@@ -33,8 +39,7 @@ func (k *Kernel) Firewalld(ctx context.Context) (f Firewalld, err error) {
 	if err != nil {
 		return f, err
 	}
-	// The last rule is that of the default zone.
-	f.Zones = len(zones) > 0 && !holds(zones, "weft") && !holds(zones[len(zones)-1:], "_trusted\x00")
+	f.Zones = len(zones) > 0 && !holds(zones, "weft") && !holds(zones[max(0, len(zones)-last):], "_trusted\x00")
 	f.ReversePath = holds(early, "fib\x00")
 	if !f.ReversePath && k.rules.name() != "" && !ipv6Off() {
 		f.ReversePath, err = k.rules.reversePath(ctx)
