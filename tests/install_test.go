@@ -222,7 +222,8 @@ func everyOption(t *testing.T, lab *hosts.Lab) {
 		"-o", "mtu=1400", "-o", "vni=5040", "-o", "ifname=lan", "all")
 	format := `{{.Driver}} {{.Scope}} ipv6={{.EnableIPv6}} internal={{.Internal}} attachable={{.Attachable}} {{json .Labels}} {{json .Options}}` +
 		`{{range .IPAM.Config}} [{{.Subnet}} {{.Gateway}} {{.IPRange}} {{len .AuxAddress}}]{{end}}`
-	got := docker(t, h, "network", "inspect", "--format", format, "all")
+	// Newer clients print a range that is not set so.
+	got := strings.ReplaceAll(docker(t, h, "network", "inspect", "--format", format, "all"), "invalid Prefix", "")
 	want := `weft:latest local ipv6=true internal=true attachable=true {"team":"red"} {"ifname":"lan","mtu":"1400","vni":"5040"}` +
 		` [10.40.0.0/16 10.40.0.254 10.40.8.0/24 1] [fd00:40::/64 fd00:40::fe  0]`
 	if got != want {
