@@ -23,8 +23,9 @@ import (
 )
 
 // TestReboot resets a virtual machine, with the kernel's WireGuard and Weft's state on its
-// disk, while its container and one of a Docker host send to each other on an encrypted
-// network. A capture of its cable lasts from before its first start to the end.
+// disk, and then kills its plugin, while its container and one of a Docker host send to each
+// other on an encrypted network. A capture of its cable lasts from before its first start to
+// the end.
 func TestReboot(t *testing.T) {
 	t.Parallel()
 	hosts.Require(t, "guest")
@@ -54,6 +55,7 @@ func TestReboot(t *testing.T) {
 		reach(t, peer, guestContainer)
 	}
 	took := time.Since(start)
+	killedInGuest(t, guest, peer)
 	time.Sleep(1200 * time.Millisecond) // tcpdump is told of packets after a second at most
 	lines, raw := stopped(t, capture)
 	plain, controls, wireguard := bytes.Count(raw, []byte(marker)), bytes.Count(raw, []byte(control)), 0
@@ -105,8 +107,7 @@ sysctl -qw net.ipv4.ip_forward=1
 ip addr add %[6]s/24 dev eth0
 ip link set eth0 up
 ip route add default via 192.0.2.1
-%[3]s WEFT_JOIN=%[4]s WEFT_WIREGUARD=kernel /weft plugin --run-dir %[2]s --state-dir %[1]s/weft --sysnet /proc/sys/net 2>&1 &
-%[5]s=%[4]s /tests
+%[3]s %[5]s=%[4]s /tests 2>&1
 `, guestState, guestSockets, clusterKey, lab.Hosts[0].Address, guestVariable, hosts.GuestAddress)
 	if err := os.WriteFile(filepath.Join(work, "run.sh"), []byte(script), 0o644); err != nil {
 		t.Fatal(err)
@@ -143,8 +144,8 @@ func prints(t *testing.T, g *hosts.Guest, words string) {
 	}
 }
 
-// insideGuest is what this program does in the guest: it asks the plugin for what Docker
-// asks it for after a start of the machine, and lets a container send.
+// insideGuest is what this program does in the guest: it starts the plugin, asks it for
+// what Docker asks it for after a start of the machine, and lets a container send and answer.
 func insideGuest(docker string) error {
 	boots := filepath.Join(guestState, "boots")
 	raw, err := os.ReadFile(boots)
@@ -157,6 +158,10 @@ func insideGuest(docker string) error {
 		return err
 	}
 	syscall.Sync() // the next reset comes without warning
+	plugin := &supervised{docker: docker}
+	if err := plugin.start(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	for _, err := call(ctx, "Plugin.Activate", object{}); err != nil; _, err = call(ctx, "Plugin.Activate", object{}) {
@@ -194,7 +199,16 @@ func insideGuest(docker string) error {
 	if _, err := plain.Write([]byte(control)); err != nil {
 		return err
 	}
-	return sendForEver(boot)
+	failed := make(chan error, 3)
+	go func() { failed <- sendForEver(boot) }()
+	go func() {
+		failed <- plugin.answer(func(kills uint32) {
+			if err := plugin.kill(kills); err != nil {
+				failed <- err
+			}
+		})
+	}()
+	return <-failed
 }
 
 type joinAnswer struct {

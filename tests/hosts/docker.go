@@ -107,6 +107,15 @@ func (h *Host) PluginPID(ctx context.Context, id string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	pid, err := PluginChild(parent)
+	if err != nil {
+		err = fmt.Errorf("host %s: %w", h.Name, err)
+	}
+	return pid, err
+}
+
+// PluginChild returns the process that works for the one that was started as the plugin.
+func PluginChild(parent int) (int, error) {
 	paths, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent)) // proc(5)
 	if err != nil {
 		return 0, err
@@ -124,7 +133,7 @@ func (h *Host) PluginPID(ctx context.Context, id string) (int, error) {
 			}
 		}
 	}
-	return 0, fmt.Errorf("host %s: plugin process %d has no child that works", h.Name, parent)
+	return 0, fmt.Errorf("plugin process %d has no child that works", parent)
 }
 
 // PluginParent returns the plugin's process that Docker has started, which keeps the

@@ -24,10 +24,11 @@ type Guest struct {
 	cmd  *exec.Cmd
 }
 
-// NewGuest makes the cable's end for a guest.
+// NewGuest makes the cable's end for a guest. What waits there while the guest gets no
+// processor is not lost.
 func (l *Lab) NewGuest(ctx context.Context) (*Guest, error) {
 	g := &Guest{lab: l, port: "h-guest"}
-	return g, l.Underlay.script(ctx, "tuntap add dev "+g.port+" mode tap\nlink set "+g.port+" master "+mainBridge+" up\n")
+	return g, l.Underlay.script(ctx, "tuntap add dev "+g.port+" mode tap\nlink set "+g.port+" txqueuelen 10000 master "+mainBridge+" up\n")
 }
 
 // Start starts the machine, which computes without the processor's help, from a kernel

@@ -124,7 +124,7 @@ func (p *Probe) connect(ctx context.Context, from, to Container, address netip.A
 		}
 		p.udpIn = u
 		listener, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at))
-		return errors.Join(err, bigBuffer(u))
+		return errors.Join(err, BigBuffer(u))
 	})
 	if err != nil {
 		return err
@@ -146,9 +146,9 @@ func (p *Probe) connect(ctx context.Context, from, to Container, address netip.A
 	return err
 }
 
-// bigBuffer gives the receiver room for four seconds: a busy machine must not
+// BigBuffer gives the receiver room for four seconds of a probe: a busy machine must not
 // look like a lossy network.
-func bigBuffer(c syscall.Conn) error {
+func BigBuffer(c syscall.Conn) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return err
