@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # guest.sh: makes the guest in which the kernel's WireGuard is tested, once, in
-# $WEFT_GUEST_DIR or the user's cache: Debian's or Ubuntu's stock kernel for virtual
-# machines, and an initramfs with its network and disk modules, busybox, ip and iptables.
-# Needs busybox-static, iproute2, iptables, and zstd for Ubuntu's kernel.
+# $WEFT_GUEST_DIR or the user's cache: Debian's or Ubuntu's stock kernel, and an initramfs
+# with its modules for networks, disks and the host's files, busybox, ip and iptables. Needs
+# busybox-static, iproute2, iptables, and zstd for Ubuntu's kernel. (The cloud kernel has no
+# 9p, so no host's files.)
 set -euo pipefail
 dir=${WEFT_GUEST_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/weft/guest}
-# The package of the newest kernel for virtual machines, as Debian and as Ubuntu calls it.
+# The package of the newest kernel, as Debian and as Ubuntu calls it.
 newest() {
-	for kernel in linux-image-cloud-amd64 linux-image-virtual; do
+	for kernel in linux-image-amd64 linux-image-generic; do
 		apt-cache depends "$kernel" 2>/dev/null | awk '/Depends: linux-image-/ {print $2; exit}' || true
 	done | head -n 1
 }
@@ -16,7 +17,7 @@ if [ -z "$package" ]; then # apt has no list yet
 	apt-get update -qq
 	package=$(newest)
 fi
-[ -n "$package" ] || { echo "guest.sh: apt knows neither linux-image-cloud-amd64 nor linux-image-virtual" >&2; exit 1; }
+[ -n "$package" ] || { echo "guest.sh: apt knows neither linux-image-amd64 nor linux-image-generic" >&2; exit 1; }
 packages=($package)
 for more in linux-modules linux-modules-extra; do # Ubuntu's are in packages of their own
 	if apt-cache show "$more-${package#linux-image-}" >/dev/null 2>&1; then
@@ -45,7 +46,7 @@ modules=$work/image/lib/modules/$release
 [ -d "$modules" ] || modules=$work/image/usr/lib/modules/$release
 to=$root/lib/modules/$release
 for part in net crypto lib arch/x86/crypto arch/x86/lib drivers/net/wireguard drivers/net/vxlan drivers/net/{veth,tun,dummy,virtio_net,net_failover}.ko \
-	drivers/virtio drivers/block/virtio_blk.ko; do
+	drivers/virtio drivers/block/virtio_blk.ko fs/{ext4,jbd2,mbcache.ko,9p,netfs,fscache,overlayfs}; do
 	for from in "$modules/kernel/$part" "$modules/kernel/$part".{xz,zst}; do
 		[ -e "$from" ] || continue
 		mkdir -p "$to/kernel/$(dirname "$part")"
@@ -84,7 +85,7 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmpfs /run
-for m in virtio_pci virtio_blk virtio_net wireguard veth bridge br_netfilter vxlan tun nf_tables nft_compat nft_chain_nat ip_set ip_set_hash_ip xt_set xt_CT xt_addrtype xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_TCPMSS xt_tcpudp ipt_rpfilter ip6t_rpfilter sch_ingress cls_bpf act_gact; do
+for m in virtio_pci virtio_blk virtio_net wireguard veth bridge br_netfilter vxlan tun nf_tables nft_compat nft_chain_nat ip_set ip_set_hash_ip xt_set xt_CT xt_addrtype xt_conntrack xt_comment xt_MASQUERADE xt_nat xt_TCPMSS xt_tcpudp ipt_rpfilter ip6t_rpfilter sch_ingress cls_bpf act_gact ext4 9pnet_virtio 9p overlay; do
 	modprobe $m || echo "GUEST no module $m"
 done
 ip link set lo up

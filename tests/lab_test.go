@@ -36,6 +36,9 @@ var plugins struct {
 // says of itself.
 func pluginDir(t *testing.T, tags, version string) string {
 	t.Helper()
+	if built := os.Getenv(guestPlugin); built != "" && tags == "" && version == "test" {
+		return built
+	}
 	plugins.Lock()
 	defer plugins.Unlock()
 	key := tags + " " + version
@@ -216,11 +219,12 @@ func run(t *testing.T, h *hosts.Host, name string, args ...string) hosts.Contain
 	return c
 }
 
-// eventually waits until ok returns nil, and fails the test when d is over. It
-// returns how long it took.
+// eventually waits until ok returns nil, and fails the test when d is over (in a guest
+// some times that). It returns how long it took.
 func eventually(t *testing.T, d time.Duration, what string, ok func(context.Context) error) time.Duration {
 	t.Helper()
 	start := time.Now()
+	d = hosts.Patience(d)
 	ctx, cancel := context.WithTimeout(t.Context(), d)
 	defer cancel()
 	for {

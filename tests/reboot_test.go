@@ -89,7 +89,7 @@ func startGuest(t *testing.T, lab *hosts.Lab, plugin string) (*hosts.Guest, *hos
 	if err != nil {
 		t.Fatal(err)
 	}
-	work := t.TempDir()
+	work := guestWork(t)
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -113,7 +113,7 @@ ip route add default via 192.0.2.1
 		t.Fatal(err)
 	}
 	image, disk := filepath.Join(work, "initramfs"), filepath.Join(work, "disk")
-	if err := addToImage(t.Context(), filepath.Join(dir, "initramfs.gz"), work, image, "weft", "tests", "run.sh"); err != nil {
+	if err := addToImage(t.Context(), work, image, "weft", "tests", "run.sh"); err != nil {
 		t.Fatal(err)
 	}
 	if err := hosts.MakeDisk(t.Context(), disk, 64); err != nil {

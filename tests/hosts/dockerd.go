@@ -97,7 +97,7 @@ func (h *Host) StartDockerd(ctx context.Context) error {
 	}()
 	h.daemon = d
 
-	wctx, cancel := context.WithTimeout(ctx, dockerdTimeout)
+	wctx, cancel := context.WithTimeout(ctx, Patience(dockerdTimeout))
 	defer cancel()
 	err = waitFor(wctx, 20*time.Millisecond, "dockerd to answer", func() (bool, error) {
 		select {

@@ -89,7 +89,11 @@ func (h *Host) start(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := h.StartDockerd(ctx); err != nil {
+	err := h.StartDockerd(ctx)
+	for tries := 0; err != nil && InGuest() && tries < 3; tries++ { // which may not have been enough
+		err = h.StartDockerd(ctx)
+	}
+	if err != nil {
 		return err
 	}
 	return h.importImage(ctx)

@@ -155,6 +155,9 @@ func (l *Lab) build(ctx context.Context, o Options) error {
 		}
 	}
 	g, gctx := errgroup.WithContext(ctx)
+	if InGuest() {
+		g.SetLimit(1) // a dockerd gives its containerd 15 seconds to start
+	}
 	for _, h := range l.Hosts {
 		g.Go(func() error {
 			if err := h.start(gctx); err != nil {
@@ -173,7 +176,7 @@ func (l *Lab) build(ctx context.Context, o Options) error {
 // remove is the body of Close. It does not depend on the caller's context, which
 // may be the reason why we are here.
 func (l *Lab) remove() error {
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience(closeTimeout))
 	defer cancel()
 	var g errgroup.Group
 	for _, h := range l.Hosts {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
 // TB is the part of testing.TB that Require needs.
@@ -31,6 +32,18 @@ func Require(t TB, words ...string) {
 			t.Skipf("missing: %s", missing)
 		}
 	}
+}
+
+// InGuest says whether this is the guest in which a test runs others, and starts none
+// itself. Everything takes longer there.
+func InGuest() bool { return os.Getenv("WEFT_GUEST") == "1" }
+
+// Patience is a limit of time as it is where nothing is slow, or the guest's.
+func Patience(d time.Duration) time.Duration {
+	if InGuest() {
+		return 6 * d
+	}
+	return d
 }
 
 // GuestDir is where tests/guest.sh puts the guest.
@@ -68,6 +81,9 @@ func missing(word string) string {
 			return err.Error()
 		}
 	case "guest":
+		if InGuest() {
+			return "a machine that is no guest itself"
+		}
 		dir, err := GuestDir()
 		if err == nil {
 			_, err = os.Stat(filepath.Join(dir, "version"))

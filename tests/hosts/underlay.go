@@ -206,7 +206,7 @@ func capture(ctx context.Context, dir, netns, link, filter string) (*Capture, er
 		return nil, err
 	}
 	// tcpdump writes the file's header once it listens.
-	wctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	wctx, cancel := context.WithTimeout(ctx, Patience(10*time.Second))
 	defer cancel()
 	err = waitFor(wctx, 10*time.Millisecond, "tcpdump to listen", func() (bool, error) {
 		st, err := os.Stat(c.File)
