@@ -140,9 +140,13 @@ func (s *swarm) deploy(t *testing.T, h *hosts.Host, path, dir string, turn int) 
 // address of a network, from any of them. So IPv4 subnets work, and all tasks reach
 // each other; with IPv6 each host would make up the address of the other family, as
 // engine 20.10 does, and two have the same: Weft refuses it. The newest engine fails
-// by itself with Docker's address management, and before it asks Weft.
+// by itself with Docker's address management, and before it asks Weft; so does 29.1.
 func (s *swarm) families(t *testing.T) {
 	a, b := s.lab.Hosts[0], s.lab.Hosts[1]
+	version := docker(t, a, "version", "--format", "{{.Server.Version}}")
+	if strings.HasPrefix(version, "29.1.") && os.Getenv("CI") == "" {
+		t.Skipf("Docker %s finds no network of the Swarm any more once there is one with IPv6 that it cannot allocate", version)
+	}
 	create := func(name string, args ...string) string {
 		return docker(t, a, append(append([]string{"network", "create", "-d", hosts.PluginName, "--attachable"}, args...), name)...)
 	}
@@ -151,9 +155,18 @@ func (s *swarm) families(t *testing.T) {
 	six := []string{create("six", "--ipv6", "--subnet", "10.73.0.0/24", "--subnet", "fd00:73::/64"),
 		create("ownsix", "--ipv6", "--subnet", "10.74.0.0/24", "--subnet", "fd00:74::/64", "--ipam-driver", hosts.PluginName)}
 	leader := s.leader(t, nil)
+	var waiting []string
 	for _, name := range []string{"six", "ownsix"} {
-		s.createService(t, a, name, "--network", name)
+		_, err := a.Docker(t.Context(), serviceCreate(name, "--network", name)...)
+		switch {
+		case err == nil:
+			waiting = append(waiting, name)
+		case !strings.Contains(err.Error(), "network "+name+" not found"): // as Docker 29 says until it is allocated
+			t.Fatal(err)
+		}
 	}
+	s.shown(t, "wide")
+	s.shown(t, "own")
 	for _, id := range six {
 		eventually(t, 30*time.Second, "the leader does not allocate network "+id, func(context.Context) error {
 			log, err := os.ReadFile(leader.LogFile())
@@ -164,7 +177,7 @@ func (s *swarm) families(t *testing.T) {
 		})
 	}
 	refused := six[1:]
-	if s.name == hosts.Debian().Name {
+	if strings.HasPrefix(version, "20.10.") {
 		refused = six
 	}
 	for _, id := range refused {
@@ -189,12 +202,13 @@ func (s *swarm) families(t *testing.T) {
 	create("any")
 	create("ownany", "--ipam-driver", hosts.PluginName)
 	for _, name := range []string{"any", "ownany"} {
+		s.shown(t, name)
 		tasks := s.service(t, "on"+name, 3, "--mode", "global", "--network", name)
 		s.mesh(t, name, tasks)
 		beside := run(t, b, "beside"+name, "--network", name)
 		reach(t, beside, tasks[0].Addresses[name].String())
 	}
-	for _, name := range []string{"six", "ownsix"} {
+	for _, name := range waiting {
 		tasks, err := a.Tasks(t.Context(), name)
 		if err != nil {
 			t.Fatal(err)
@@ -212,7 +226,7 @@ func (s *swarm) families(t *testing.T) {
 	}
 	docker(t, a, "rm", "--force", "one")
 	docker(t, b, "rm", "--force", "two", "besideany", "besideownany")
-	s.removeServices(t, "web", "six", "ownsix", "onany", "onownany")
+	s.removeServices(t, append(waiting, "web", "onany", "onownany")...)
 	s.removeNetworks(t, "wide", "own", "six", "ownsix", "any", "ownany")
 	s.forgotten(t)
 }

@@ -137,6 +137,17 @@ func (s *swarm) network(t *testing.T, name string, second int, args ...string) {
 	t.Helper()
 	docker(t, s.lab.Hosts[0], append([]string{"network", "create", "-d", hosts.PluginName, "--attachable",
 		"--subnet", fmt.Sprintf("10.%d.0.0/16", second)}, append(args, name)...)...)
+	s.shown(t, name)
+}
+
+// shown waits until Docker shows a network of the Swarm: Docker 29 does not before the
+// network is allocated.
+func (s *swarm) shown(t *testing.T, name string) {
+	t.Helper()
+	eventually(t, 30*time.Second, "network "+name+" is shown", func(ctx context.Context) error {
+		_, err := s.lab.Hosts[0].Docker(ctx, "network", "inspect", name)
+		return err
+	})
 }
 
 // removeNetworks removes networks, once their last tasks have ended.
@@ -160,9 +171,13 @@ func removeUnused(t *testing.T, h *hosts.Host, names ...string) {
 // container's name, and does not wait.
 func (s *swarm) createService(t *testing.T, h *hosts.Host, name string, args ...string) {
 	t.Helper()
+	docker(t, h, serviceCreate(name, args...)...)
+}
+
+func serviceCreate(name string, args ...string) []string {
 	args = append([]string{"service", "create", "--detach", "--no-resolve-image", "--endpoint-mode", "dnsrr", "--name", name,
 		"--stop-signal", "KILL", "--restart-delay", "1s", "--update-parallelism", "0"}, args...)
-	docker(t, h, append(args, hosts.Image, "sh", "-c", "hostname >/srv/index.html; exec httpd -f -p 80 -h /srv")...)
+	return append(args, hosts.Image, "sh", "-c", "hostname >/srv/index.html; exec httpd -f -p 80 -h /srv")
 }
 
 // service starts a service and waits for its n tasks.
