@@ -176,14 +176,15 @@ func (x *switched) same(t *testing.T, state string) {
 func network(m member) string { return strings.TrimRight(m.Name, "123") }
 
 // unbroken stops the probe and fails the test unless its connection held, and no more was
-// lost than the kernel loses: it stops a link for some ten milliseconds when that gets or
-// loses its place for filters (qdisc_graft), which happened so many times. The probe sends
-// a packet each millisecond.
+// lost than the kernel loses: it stops a link when that gets or loses its place for filters
+// (qdisc_graft), which happened so many times, until no processor looks at the former one:
+// for some ten milliseconds, once on a busy machine for 330. The probe sends a packet each
+// millisecond.
 func unbroken(t *testing.T, p *hosts.Probe, times int) hosts.Report {
 	t.Helper()
 	r, _ := p.Stop() // what it says is in r.Err
 	t.Logf("probe: %s", r)
-	if r.TCPErr != nil || r.TCPReceived != r.TCPSent || r.Lost > 25*uint64(times) {
+	if r.TCPErr != nil || r.TCPReceived != r.TCPSent || r.Lost > 100*uint64(times) {
 		t.Errorf("%v: %v", r.Err(), r)
 	}
 	return r

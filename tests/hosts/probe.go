@@ -76,9 +76,12 @@ func (r Report) String() string {
 		r.TCPSent, r.TCPReceived, r.TCPDelay.Round(time.Millisecond), broken)
 }
 
+// udpInterval and tcpInterval are how often a probe sends; in a guest less often, for that
+// has to compute with each packet.
+func udpInterval() time.Duration { return Patience(time.Millisecond) }
+func tcpInterval() time.Duration { return Patience(10 * time.Millisecond) }
+
 const (
-	udpInterval = time.Millisecond
-	tcpInterval = 10 * time.Millisecond
 	messageSize = 16 // sequence number and send time, big-endian
 	// stragglers is how long Stop waits for packets on their way.
 	stragglers = 500 * time.Millisecond
@@ -184,7 +187,7 @@ func (p *Probe) closeAll() {
 // sendUDP keeps to the clock: after a pause it sends what it owes, so that the
 // number of packets is the number of milliseconds.
 func (p *Probe) sendUDP(ctx context.Context) {
-	tick := time.NewTicker(udpInterval)
+	tick := time.NewTicker(udpInterval())
 	defer tick.Stop()
 	started := time.Now()
 	last := started
@@ -198,7 +201,7 @@ func (p *Probe) sendUDP(ctx context.Context) {
 		now := time.Now()
 		p.pause = max(p.pause, now.Sub(last))
 		last = now
-		for owed := uint64(now.Sub(started) / udpInterval); p.sent < owed; p.sent++ {
+		for owed := uint64(now.Sub(started) / udpInterval()); p.sent < owed; p.sent++ {
 			binary.BigEndian.PutUint64(buf, p.sent)
 			binary.BigEndian.PutUint64(buf[8:], uint64(time.Now().UnixNano()))
 			_, _ = p.udpOut.Write(buf) // a packet that cannot leave counts as lost
@@ -223,7 +226,7 @@ func (p *Probe) receiveUDP() {
 }
 
 func (p *Probe) sendTCP(ctx context.Context) {
-	tick := time.NewTicker(tcpInterval)
+	tick := time.NewTicker(tcpInterval())
 	defer tick.Stop()
 	buf := make([]byte, messageSize)
 	for {
@@ -278,9 +281,9 @@ func (p *Probe) count() {
 	r.Lost = r.Sent - r.Received
 	if n := len(p.arrivals); n > 0 && r.Sent > 0 {
 		// Losses at either end have an arrival on one side only.
-		r.Gap = max(r.Gap, time.Duration(p.arrivals[0].seq)*udpInterval,
-			time.Duration(r.Sent-1-p.arrivals[n-1].seq)*udpInterval)
+		r.Gap = max(r.Gap, time.Duration(p.arrivals[0].seq)*udpInterval(),
+			time.Duration(r.Sent-1-p.arrivals[n-1].seq)*udpInterval())
 	} else {
-		r.Gap = time.Duration(r.Sent) * udpInterval
+		r.Gap = time.Duration(r.Sent) * udpInterval()
 	}
 }
