@@ -106,9 +106,10 @@ test | soak)
 		go test -timeout "$limit" "${packages[@]}"
 	fi
 	# Not from Go's cache, which does not see that the plugin was changed. Four at
-	# a time: they wait more than they work. Ten minutes of random operations
-	# are for the soak alone.
-	skip='^TestSwarmRandom$'
+	# a time: they wait more than they work. Ten minutes of random operations, and
+	# scenarios in a guest, which take a processor for some minutes, are for the
+	# soak alone.
+	skip='^(TestSwarmRandom|TestGuestScenarios)$'
 	if [ "$what" = soak ]; then
 		skip='^$'
 	fi
