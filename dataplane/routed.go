@@ -53,10 +53,11 @@ func planPeers(p Plan, s store.Snapshot, u Underlay, have Plan) {
 	n, vx := *s.Network, VXLANName(s.Network.VNI)
 	p.Add(VXLAN{Name: vx, Alias: NetworkAlias(n), VNI: n.VNI, Local: u.Address, Underlay: u.Link, Port: s.Self.DataPort,
 		MTU: tunnelMTU(u), MAC: tunnelMAC(s.Self.ID, vx), Up: true, NoChecksum: u.NoChecksum})
-	for _, peer := range reachable(s, u) {
+	peers := reachable(s, u)
+	for _, peer := range peers {
 		p.Add(FDB{Link: vx, MAC: tunnelMAC(peer.ID, vx), Dst: peer.Address})
 	}
-	hops := nextHops(reachable(s, u), vx, have)
+	hops := nextHops(peers, vx, have)
 	planWays(p, s, u, func(peer store.Peer, a netip.Addr) Route {
 		switch {
 		case across(s.Self, peer, u):

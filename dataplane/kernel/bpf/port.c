@@ -248,7 +248,7 @@ int weft_from_container(struct __sk_buff *skb)
 	struct settings *s = host();
 	struct sent sent = {};
 	struct counters *c;
-	int what = TC_ACT_UNSPEC;
+	int what;
 
 	if (!p || !s)
 		return TC_ACT_UNSPEC;
