@@ -104,10 +104,8 @@ func TestFlowsAreCounted(t *testing.T) {
 	options = append(options[:34:34], append([]byte{1, 1, 1, 1}, options[34:]...)...)
 	send(1, options, 80, own.IPv4, victim.IPv4, 17, "slow")
 	// What is cut later is as many packets, with the bytes of one.
-	var context [192]byte // struct __sk_buff, linux/bpf.h
-	binary.NativeEndian.PutUint32(context[164:], 3)
 	whole := packet(t, "ipv4", 40000, 8080)
-	_, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: whole, Context: context})
+	_, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: whole, Context: segmented(3, 0)})
 	must(t, err)
 	want[Flow{VNI: 1, Source: own.IPv4, Destination: victim.IPv4, Protocol: 17, Port: 8080, Verdict: "slow"}] = FlowTotal{3, uint64(len(whole))}
 	// What is neither IPv4 nor IPv6 is nobody's flow.

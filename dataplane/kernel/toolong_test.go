@@ -148,13 +148,18 @@ func TestTooLongSegments(t *testing.T) {
 		frame := lengthened(t, "ipv4", 3000)
 		binary.BigEndian.PutUint16(frame[20:], 0x4000)
 		frame[23], frame[46] = c.proto, 5<<4
-		var context [192]byte // struct __sk_buff, linux/bpf.h
-		binary.NativeEndian.PutUint32(context[164:], 3)
-		binary.NativeEndian.PutUint32(context[176:], c.size)
-		got, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256), Context: context})
+		got, err := p.objects.WeftFromContainer.Run(&ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256), Context: segmented(3, c.size)})
 		must(t, err)
 		if got != c.want {
 			t.Errorf("%s: verdict %d, want %d", c.what, int32(got), int32(c.want))
 		}
 	}
+}
+
+// segmented is what a program sees of a packet that is cut later, into so many pieces with
+// so many bytes behind their headers (struct __sk_buff, linux/bpf.h).
+func segmented(pieces, size uint32) (context [192]byte) {
+	binary.NativeEndian.PutUint32(context[164:], pieces)
+	binary.NativeEndian.PutUint32(context[176:], size)
+	return context
 }
