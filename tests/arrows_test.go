@@ -29,7 +29,8 @@ var arrows = map[string][]string{
 	"tests/demo":           {"tests/hosts", "tests/show"},
 	"tests/demoswarm":      {"tests/hosts", "tests/show"},
 	"tests/demoencrypted":  {"tests/hosts", "tests/show"},
-	"tests/bench":          {"store", "store/gossip", "tests/hosts"},
+	"tests/peer":           {"store", "store/gossip"},
+	"tests/bench":          {"store", "tests/hosts", "tests/peer"},
 	"tests/sim":            {},
 }
 

@@ -3,7 +3,6 @@ package tests
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,8 +14,8 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/store"
-	"github.com/weftnet/weft/store/gossip"
 	"github.com/weftnet/weft/tests/hosts"
+	"github.com/weftnet/weft/tests/peer"
 )
 
 // TestEncryptedKeyOfAnother has a member of the cluster that signs a record with host b's
@@ -109,19 +108,15 @@ const liarVariable = "WEFT_LIAR"
 
 // liar is a member of the cluster without a kernel, at a host's address.
 type liar struct {
-	Dir      string
-	Address  netip.Addr
-	Join     []string
-	Networks []store.Network
-	Key      string // that it tells
-
+	peer.Peer
 	on   *hosts.Host
 	stop func()
 }
 
 // newLiar has the networks of one host and the address of another.
 func newLiar(t *testing.T, like, on *hosts.Host) *liar {
-	return &liar{Dir: t.TempDir(), Address: on.Address, Join: []string{like.Address.String()}, Networks: view[[]store.Network](t, like, "networks"), on: on}
+	return &liar{Peer: peer.Peer{Dir: t.TempDir(), Name: "liar", Address: on.Address, Join: []string{like.Address.String()},
+		Key: strings.TrimPrefix(clusterKey, "WEFT_KEY="), Networks: view[[]store.Network](t, like, "networks")}, on: on}
 }
 
 // tells starts the liar, anew if it runs, with a WireGuard key.
@@ -130,14 +125,11 @@ func (l *liar) tells(t *testing.T, key string) {
 	if l.stop != nil {
 		l.stop()
 	}
-	l.Key = key
 	file := filepath.Join(l.Dir, "liar.json")
-	raw, err := json.Marshal(l)
-	if err == nil {
-		err = os.WriteFile(file, raw, 0o600)
-	}
-	program, err2 := os.Executable()
-	if err := errors.Join(err, err2); err != nil {
+	err := l.Tunnel.UnmarshalText([]byte(key))
+	raw, err2 := json.Marshal(l.Peer)
+	program, err3 := os.Executable()
+	if err := errors.Join(err, err2, err3, os.WriteFile(file, raw, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
@@ -165,48 +157,13 @@ func (l *liar) tells(t *testing.T, key string) {
 
 // lie is the process of a liar.
 func lie(file string) error {
-	var l liar
-	var told store.WGKey
-	raw, err := os.ReadFile(file)
-	if err == nil {
-		err = json.Unmarshal(raw, &l)
-	}
-	if err != nil {
+	var m peer.Peer
+	if err := peer.Read(file, &m); err != nil {
 		return err
 	}
-	if err := told.UnmarshalText([]byte(l.Key)); err != nil {
+	return m.Run(context.Background(), func(tx *store.Tx, n store.Network) error {
+		_, err := tx.PutEndpoint(store.Endpoint{ID: store.EndpointID(fmt.Sprintf("%064x", n.VNI)), Network: n.ID, VNI: n.VNI, MAC: store.DeriveMAC("liar"),
+			IPv4: netip.PrefixFrom(netip.MustParseAddr(liarsAddress), 16)})
 		return err
-	}
-	key, err := hex.DecodeString(strings.TrimPrefix(clusterKey, "WEFT_KEY="))
-	if err != nil {
-		return err
-	}
-	identity, err := store.LoadIdentity(l.Dir)
-	if err != nil {
-		return err
-	}
-	db, err := store.Open(filepath.Join(l.Dir, "weft.db"), store.Host{ID: identity.ID, Name: "liar", Address: l.Address, DataPort: gossip.DefaultDataPort,
-		Version: "liar", Tunnel: store.Tunnel{Keys: []store.WGKey{told}, Port: 4798}})
-	if err != nil {
-		return err
-	}
-	ctx := context.Background()
-	err = db.Update(ctx, func(tx *store.Tx) error {
-		for _, n := range l.Networks {
-			id := store.EndpointID(fmt.Sprintf("%064x", n.VNI))
-			_, err := tx.PutEndpoint(store.Endpoint{ID: id, Network: n.ID, VNI: n.VNI, MAC: store.DeriveMAC("liar"), IPv4: netip.PrefixFrom(netip.MustParseAddr(liarsAddress), 16)})
-			if err := errors.Join(err, tx.PutNetwork(n)); err != nil {
-				return err
-			}
-		}
-		return nil
 	})
-	if err != nil {
-		return err
-	}
-	members, err := gossip.New(gossip.Config{DB: db, Identity: identity, Join: l.Join, Key: key})
-	if err != nil {
-		return err
-	}
-	return members.Run(ctx)
 }

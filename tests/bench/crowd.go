@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,18 +11,14 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/store"
-	"github.com/weftnet/weft/store/gossip"
 	"github.com/weftnet/weft/tests/hosts"
+	"github.com/weftnet/weft/tests/peer"
 )
 
-// crowd is a member of the cluster that has endpoints of which the others are told, and
-// nothing in its kernel.
+// crowd is a member of the cluster that has endpoints of which the others are told.
 type crowd struct {
-	Address   netip.Addr      `json:"address"`
-	Join      []string        `json:"join"`
-	Key       string          `json:"key"` // of the cluster, hex
-	Networks  []store.Network `json:"networks"`
-	Endpoints int             `json:"endpoints"` // in each network
+	peer.Peer
+	Endpoints int `json:"endpoints"` // in each network
 }
 
 // crowdFirst is the number of the first endpoint's address in its subnet: containers of
@@ -36,7 +31,7 @@ func (s *setup) fill(third *hosts.Host, n int) error {
 	if err != nil {
 		return err
 	}
-	c := crowd{Address: third.Address, Join: []string{s.a.Address.String()}, Key: s.key, Endpoints: n}
+	c := crowd{peer.Peer{Name: "crowd", Address: third.Address, Join: []string{s.a.Address.String()}, Key: s.key, Tunnel: store.WGKey{1}}, n}
 	for _, one := range networks {
 		c.Networks = append(c.Networks, one.Network)
 	}
@@ -97,54 +92,23 @@ func (s *setup) held(h *hosts.Host) (networks []heldNetwork, err error) {
 // play is the process of the crowd.
 func play(ctx context.Context, file string) error {
 	var c crowd
-	raw, err := os.ReadFile(file)
-	if err == nil {
-		err = json.Unmarshal(raw, &c)
-	}
+	err := peer.Read(file, &c)
 	if err != nil {
 		return err
 	}
-	key, err := hex.DecodeString(c.Key)
-	if err != nil {
+	if c.Dir, err = os.MkdirTemp(filepath.Dir(file), "crowd-"); err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp(filepath.Dir(file), "crowd-")
-	if err != nil {
-		return err
-	}
-	identity, err := store.LoadIdentity(dir)
-	if err != nil {
-		return err
-	}
-	db, err := store.Open(filepath.Join(dir, "weft.db"), store.Host{ID: identity.ID, Name: "crowd", Address: c.Address, DataPort: gossip.DefaultDataPort,
-		Version: "crowd", Tunnel: store.Tunnel{Keys: []store.WGKey{{1}}, Port: 4798}})
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	err = db.Update(ctx, func(tx *store.Tx) error {
-		for _, n := range c.Networks {
-			if err := tx.PutNetwork(n); err != nil {
+	return c.Run(ctx, func(tx *store.Tx, n store.Network) error {
+		pool := n.Subnets[0].Pool.Addr().As4()
+		for i := range c.Endpoints {
+			number := crowdFirst + i
+			a := netip.AddrFrom4([4]byte{pool[0], pool[1], byte(number >> 8), byte(number)})
+			id := fmt.Sprintf("%032x%032x", n.VNI, i+1)
+			if _, err := tx.PutEndpoint(store.Endpoint{ID: store.EndpointID(id), Network: n.ID, VNI: n.VNI, MAC: store.DeriveMAC("crowd", id), IPv4: netip.PrefixFrom(a, 16)}); err != nil {
 				return err
-			}
-			pool := n.Subnets[0].Pool.Addr().As4()
-			for i := range c.Endpoints {
-				number := crowdFirst + i
-				a := netip.AddrFrom4([4]byte{pool[0], pool[1], byte(number >> 8), byte(number)})
-				id := fmt.Sprintf("%032x%032x", n.VNI, i+1)
-				if _, err := tx.PutEndpoint(store.Endpoint{ID: store.EndpointID(id), Network: n.ID, VNI: n.VNI, MAC: store.DeriveMAC("crowd", id), IPv4: netip.PrefixFrom(a, 16)}); err != nil {
-					return err
-				}
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	members, err := gossip.New(gossip.Config{DB: db, Identity: identity, Join: c.Join, Key: key})
-	if err != nil {
-		return err
-	}
-	return members.Run(ctx)
 }
