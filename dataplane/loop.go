@@ -61,6 +61,7 @@ type Loop struct {
 
 	networks map[store.VNI]*network // owned by Run
 	rest     time.Time              // no pass before it, but for calls; owned by Run
+	waiters  []waiter               // owned by Run
 
 	mu       sync.Mutex
 	underlay Underlay
@@ -76,6 +77,7 @@ type network struct {
 	due      time.Time // when the next pass is due; zero: nothing to do
 	first    time.Time // first unserved change of records
 	changed  bool      // records changed since the last pass
+	behind   bool      // records changed since the last pass that did all for tunnels
 	lookedAt time.Time // last reading
 	failures int
 	full     map[Key]bool // for what the kernel had no room at the last try
@@ -106,6 +108,7 @@ type request struct {
 	vni      store.VNI
 	endpoint store.EndpointID
 	explain  bool
+	settle   <-chan struct{} // see Settled; closed when nobody waits any more
 	reply    chan<- reply
 }
 
@@ -219,6 +222,7 @@ func (l *Loop) takeRecords() {
 // mark notes that records of a network changed.
 func (l *Loop) mark(v store.VNI) {
 	n, now := l.network(v), time.Now()
+	n.behind = true
 	if !n.changed {
 		n.changed, n.first = true, now
 	}
@@ -340,6 +344,10 @@ func (l *Loop) serve(ctx context.Context, r request) {
 	done := map[store.VNI][]*OpError{}
 	failed := map[store.VNI]error{}
 	for _, r := range batch {
+		if r.settle != nil {
+			l.await(r)
+			continue
+		}
 		if r.explain {
 			c, err := l.compare(ctx, r.vni, true)
 			r.reply <- reply{err: err, want: c.want, have: c.have, ops: l.network(r.vni).possible(Diff(c.want, c.have))}

@@ -74,6 +74,9 @@ func (l *Loop) passOne(ctx context.Context, v store.VNI) ([]*OpError, error) {
 		l.repaired(v, mended)
 	}
 	l.done(v, c, ops, joinErrors(errs))
+	if !slices.ContainsFunc(errs, ofTunnel) {
+		l.caughtUp(v, n)
+	}
 	if fresh {
 		l.findMissing(v, c.want, c.have)
 	}

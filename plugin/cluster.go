@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"net/netip"
 	"sync"
 	"time"
@@ -17,7 +19,8 @@ type cluster struct {
 	db       *store.DB
 	identity store.Identity
 	near     func(netip.Addr) bool
-	others   chan struct{} // closed when there may be other hosts
+	settled  func(context.Context) error // see gossip.Config
+	others   chan struct{}               // closed when there may be other hosts
 	once     sync.Once
 
 	mu      sync.Mutex      // guards what follows
@@ -27,8 +30,8 @@ type cluster struct {
 	synced  bool            // the peers were heard once
 }
 
-func newCluster(p *process, db *store.DB, identity store.Identity, near func(netip.Addr) bool) *cluster {
-	c := &cluster{p: p, db: db, identity: identity, near: near, others: make(chan struct{})}
+func newCluster(p *process, db *store.DB, identity store.Identity, near func(netip.Addr) bool, settled func(context.Context) error) *cluster {
+	c := &cluster{p: p, db: db, identity: identity, near: near, settled: settled, others: make(chan struct{})}
 	if len(p.set.join) > 0 {
 		c.expect()
 	}
@@ -59,7 +62,7 @@ func (c *cluster) run(ctx context.Context, ready <-chan struct{}) error {
 		}
 	}
 	return c.p.keep(ctx, "gossip", func() error {
-		members, err := c.p.gossip(c.db, c.identity, c.near)
+		members, err := c.p.gossip(c.db, c.identity, c.near, c.settled)
 		if err != nil {
 			return err
 		}
@@ -68,9 +71,9 @@ func (c *cluster) run(ctx context.Context, ready <-chan struct{}) error {
 	}, func(err error) { c.set(nil, err) })
 }
 
-func (p *process) gossip(db *store.DB, identity store.Identity, near func(netip.Addr) bool) (*gossip.Cluster, error) {
+func (p *process) gossip(db *store.DB, identity store.Identity, near func(netip.Addr) bool, settled func(context.Context) error) (*gossip.Cluster, error) {
 	return gossip.New(gossip.Config{DB: db, Identity: identity, Join: p.set.join, Key: p.set.key,
-		Port: p.set.port, DataPort: p.set.dataPort, Near: near, Log: p.log})
+		Port: p.set.port, DataPort: p.set.dataPort, Near: near, Settled: settled, Log: p.log})
 }
 
 // original returns an error if this host's state folder is a copy of that of a living
@@ -83,7 +86,7 @@ func (p *process) original(ctx context.Context, db *store.DB, identity store.Ide
 	if !last.IsValid() || isLocal(last) {
 		return nil
 	}
-	members, err := p.gossip(db, identity, nil)
+	members, err := p.gossip(db, identity, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -141,6 +144,15 @@ func (c *cluster) copied() error {
 		return members.Copied()
 	}
 	return nil
+}
+
+// taken reports whether a peer has acted on what this host tells of its tunnel.
+func (c *cluster) taken(ctx context.Context, id store.HostID, t store.Tunnel) (bool, error) {
+	members, err := c.get()
+	if members == nil {
+		return false, cmp.Or(err, errors.New("gossip is not up"))
+	}
+	return members.Taken(ctx, id, t)
 }
 
 // stats returns the counters, nothing while it is down.

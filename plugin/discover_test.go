@@ -111,7 +111,7 @@ func TestDiscoveryWakesTheCluster(t *testing.T) {
 	}
 	defer db.Close()
 	p := &process{}
-	c, d := newCluster(p, db, store.Identity{}, nil), newDiscovery()
+	c, d := newCluster(p, db, store.Identity{}, nil, nil), newDiscovery()
 	if c.expects() || !c.inSync() {
 		t.Error("a host alone waits for others")
 	}
@@ -124,7 +124,7 @@ func TestDiscoveryWakesTheCluster(t *testing.T) {
 		t.Fatal("the cluster does not hear of the others")
 	}
 	// And when the plugin starts again.
-	again := newCluster(p, db, store.Identity{}, nil)
+	again := newCluster(p, db, store.Identity{}, nil, nil)
 	go func() { _ = newDiscovery().run(t.Context(), db, again, slog.New(slog.DiscardHandler)) }()
 	select {
 	case <-again.others:

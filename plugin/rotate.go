@@ -2,8 +2,12 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/weftnet/weft/dataplane"
 	"github.com/weftnet/weft/dataplane/kernel"
@@ -16,6 +20,10 @@ type rotator struct {
 	db      *store.DB
 	tunnels func(context.Context) ([]kernel.Tunnel, error)
 	loop    *dataplane.Loop
+	// settled waits until this host's kernel does what the records say; taken reports
+	// whether a peer has acted on this host's (see gossip.Cluster.Taken).
+	settled func(context.Context) error
+	taken   func(context.Context, store.HostID, store.Tunnel) (bool, error)
 	ask     chan struct{} // cap 1: change it now
 	log     *slog.Logger
 }
@@ -25,11 +33,17 @@ const (
 	// wayTime is how long hosts that answer nothing are waited for, on a new way, and
 	// how long one has that was silent and is back.
 	wayTime = 10 * time.Second
-	// moveTime is how long all peers have to hear of a step and to act on it, and
-	// movePerPeer how much longer for each of them.
+	// moveTime is how long all peers have at least to hear of a step and to act on it, and
+	// movePerPeer how much longer for each of them: what is on its way arrives, and peers
+	// of a version that does not tell when it is done are.
 	moveTime    = 3 * time.Second
 	movePerPeer = 5 * time.Millisecond
-	rotatePoll  = 200 * time.Millisecond
+	// deafTime is how long a peer is asked whether it is done that gives no answer, though
+	// it lives: nothing need come from it to here.
+	deafTime   = time.Minute
+	lookTime   = 5 * time.Second // for one look at the own kernel
+	asksAtOnce = 16
+	rotatePoll = 200 * time.Millisecond
 	// agePoll is how often the age of the key is looked at.
 	agePoll = time.Minute
 )
@@ -97,8 +111,6 @@ func (r *rotator) finish(ctx context.Context) error {
 			r.awaitMove(ctx)
 			st.Keys = []wgKey{st.Keys[1], st.Keys[1]}
 		case st.Last:
-			// A peer that answers on a way takes packets from it a little later, when its
-			// pass over the network is done.
 			begun := time.Now()
 			r.awaitMove(ctx)
 			r.awaitWay(ctx, 0, begun)
@@ -120,29 +132,93 @@ func (r *rotator) finish(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// awaitWay waits until all living peers have answered on a way since begun, or wayTime.
-func (r *rotator) awaitWay(ctx context.Context, way int, begun time.Time) {
-	for time.Since(begun) < wayTime && !r.answered(ctx, way, begun) {
+// awaitWay waits until all living peers have answered on a way since then, or wayTime.
+func (r *rotator) awaitWay(ctx context.Context, way int, since time.Time) {
+	for begun := time.Now(); time.Since(begun) < wayTime && !r.answered(ctx, way, since); {
 		if sleep(ctx, rotatePoll) != nil {
 			return
 		}
 	}
 }
 
-// awaitMove gives all peers the time to hear of a step and to act on it.
+// awaitMove waits until this host and all peers have acted on the last step. It returns
+// before if one of them falls silent.
 func (r *rotator) awaitMove(ctx context.Context) {
-	host, err := r.db.HostSnapshot()
-	if peers := len(dataplane.TunnelPeers(host, r.loop.Underlay())); err == nil && peers > 0 {
-		_ = sleep(ctx, moveTime+time.Duration(peers)*movePerPeer)
+	peers := r.peers()
+	if len(peers) == 0 || sleep(ctx, moveTime+time.Duration(len(peers))*movePerPeer) != nil {
+		return
 	}
+	done, said := map[store.HostID]bool{}, false
+	for begun := time.Now(); len(r.inTheWay(false)) == 0; {
+		behind := r.behind(ctx, done, time.Since(begun) > deafTime)
+		if len(behind) == 0 {
+			return
+		}
+		if !said && time.Since(begun) > wayTime {
+			r.log.Info("the change of the WireGuard key waits", "peers", len(behind), "first", behind[0])
+			said = true
+		}
+		if sleep(ctx, rotatePoll) != nil {
+			return
+		}
+	}
+}
+
+// behind returns who has not acted on the last step, and why it is thought so. It adds to
+// done who has. One that cannot be asked counts unless it is for too long.
+func (r *rotator) behind(ctx context.Context, done map[store.HostID]bool, long bool) (out []string) {
+	tell, err := r.keys.tunnel()
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var mu sync.Mutex // guards out and done
+	check := func(id store.HostID, name string, ask func() (bool, error)) {
+		taken, err := ask()
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case taken || err != nil && long:
+			done[id] = true
+		case err != nil:
+			out = append(out, fmt.Sprintf("%s: whether it has taken the last step cannot be asked: %v", name, err))
+		default:
+			out = append(out, name+": it has not taken the last step yet")
+		}
+	}
+	var asks errgroup.Group
+	asks.SetLimit(asksAtOnce)
+	self := r.db.Self()
+	if !done[self.ID] {
+		asks.Go(func() error {
+			ctx, cancel := context.WithTimeout(ctx, lookTime)
+			defer cancel()
+			check(self.ID, "this host", func() (bool, error) { return r.settled(ctx) == nil, nil })
+			return nil
+		})
+	}
+	for _, p := range r.peers() {
+		if done[p.ID] || len(p.Tunnel.Keys) == 0 {
+			continue
+		}
+		asks.Go(func() error {
+			check(p.ID, p.Name, func() (bool, error) { return r.taken(ctx, p.ID, tell) })
+			return nil
+		})
+	}
+	_ = asks.Wait()
+	return out
+}
+
+func (r *rotator) peers() []store.Peer {
+	host, err := r.db.HostSnapshot()
+	if err != nil {
+		return nil // what follows fails
+	}
+	return dataplane.TunnelPeers(host, r.loop.Underlay())
 }
 
 // answered reports whether all living peers have.
 func (r *rotator) answered(ctx context.Context, way int, since time.Time) bool {
-	host, err := r.db.HostSnapshot()
-	if err != nil {
-		return false
-	}
 	devices, err := r.tunnels(ctx)
 	if err != nil {
 		return false
@@ -155,7 +231,7 @@ func (r *rotator) answered(ctx context.Context, way int, since time.Time) bool {
 			}
 		}
 	}
-	for _, p := range dataplane.TunnelPeers(host, r.loop.Underlay()) {
+	for _, p := range r.peers() {
 		if !p.DeadSince.IsZero() || len(p.Tunnel.Keys) == 0 {
 			continue
 		}
@@ -183,13 +259,7 @@ func (r *rotator) awaitPeers(ctx context.Context, begins bool) (waited bool) {
 	}
 }
 
-func (r *rotator) inTheWay(begins bool) []string {
-	host, err := r.db.HostSnapshot()
-	if err != nil {
-		return nil // what follows fails
-	}
-	return inTheWay(dataplane.TunnelPeers(host, r.loop.Underlay()), begins)
-}
+func (r *rotator) inTheWay(begins bool) []string { return inTheWay(r.peers(), begins) }
 
 // inTheWay returns the peers for which a change of keys waits, and why. One whose plugin
 // is silent takes no step, while its kernel goes on with the keys that it has: it would

@@ -3,12 +3,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -143,6 +145,8 @@ func newRotator(t *testing.T) (*rotator, store.Peer, *bytes.Buffer) {
 	var told bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&told, nil))
 	return &rotator{keys: keys, db: db, loop: dataplane.NewLoop(db, nil, nil, nil, log), log: log,
+		settled: func(context.Context) error { return nil },
+		taken:   func(context.Context, store.HostID, store.Tunnel) (bool, error) { return true, nil },
 		tunnels: func(context.Context) ([]kernel.Tunnel, error) { return nil, nil }}, peer, &told
 }
 
@@ -240,4 +244,80 @@ func TestChangeOfKeyIsAskedForTwice(t *testing.T) {
 			t.Errorf("after the peer is back it changed %d times in all:\n%s", n, told)
 		}
 	})
+}
+
+// A step is not taken before this host's kernel and all living peers have acted on the
+// last one, however long that takes, and who is waited for is told once. A peer that lives
+// and cannot be asked holds each step up for a minute.
+func TestChangeOfKeyWaitsForWhoIsBusy(t *testing.T) {
+	for name, who := range map[string]struct {
+		busy string
+		err  error
+		ends time.Duration // after which it goes on by itself; 0: never
+	}{
+		"a peer":        {busy: "beta: it has not taken the last step yet"},
+		"this host":     {busy: "this host: it has not taken the last step yet"},
+		"a deaf peer":   {busy: "beta: whether it has taken the last step cannot be asked: no route", err: errors.New("no route"), ends: deafTime},
+		"nobody at all": {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r, _, told := newRotator(t)
+				var free atomic.Bool
+				free.Store(who.busy == "")
+				r.taken = func(_ context.Context, _ store.HostID, tell store.Tunnel) (bool, error) {
+					if now, err := r.keys.tunnel(); err != nil || !tell.Equal(now) {
+						t.Errorf("asked for another step than the last: %v", err)
+					}
+					if !free.Load() && who.err != nil {
+						return false, who.err
+					}
+					return free.Load() || !strings.HasPrefix(who.busy, "beta"), nil
+				}
+				r.settled = func(ctx context.Context) error {
+					if !free.Load() && strings.HasPrefix(who.busy, "this") {
+						<-ctx.Done()
+					}
+					return ctx.Err()
+				}
+				if err := r.begin(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				first := r.keys.state()
+				over := make(chan error, 1)
+				go func() { over <- r.finish(t.Context()) }()
+				steps := func() int { // the last key is the new one throughout
+					synctest.Wait()
+					switch st := r.keys.state(); {
+					case len(st.Keys) == 1:
+						return 4
+					case st.Keys[0] == st.Keys[1]:
+						return 3
+					case st.Last:
+						return 1
+					}
+					return 0
+				}
+				switch time.Sleep(50 * time.Second); {
+				case who.busy == "":
+					if steps() != 4 {
+						t.Errorf("with nobody busy it is at %+v", r.keys.state())
+					}
+				case steps() != 0:
+					t.Errorf("it goes on: from %+v to %+v", first, r.keys.state())
+				}
+				if n := strings.Count(told.String(), "key waits"); who.busy == "" && n != 0 || who.busy != "" && (n != 1 || !strings.Contains(told.String(), who.busy)) {
+					t.Errorf("who is waited for is told %d times:\n%s", n, told)
+				}
+				time.Sleep(time.Hour)
+				if done := steps() == 4; done != (who.busy == "" || who.ends > 0) {
+					t.Errorf("an hour later its end is reached: %t", done)
+				}
+				free.Store(true)
+				if err := <-over; err != nil || r.keys.state().rotates() {
+					t.Errorf("in the end: %+v, %v", r.keys.state(), err)
+				}
+			})
+		})
+	}
 }

@@ -256,10 +256,11 @@ func (p *process) serveRecords(ctx context.Context) error {
 		p.log.Error("database was lost", "rebuilt", rebuilt)
 	}
 	var loop *dataplane.Loop
-	c := newCluster(p, db, identity, func(a netip.Addr) bool { return loop.Underlay().Prefix.Contains(a) })
+	c := newCluster(p, db, identity, func(a netip.Addr) bool { return loop.Underlay().Prefix.Contains(a) },
+		func(ctx context.Context) error { return loop.Settled(ctx) })
 	loop = dataplane.NewLoop(db, k, p.underlayAddress(db), c.inSync, p.log)
 	svc := &services{db: db, kernel: k, loop: loop, cluster: c, rebuilt: rebuilt, log: p.log,
-		rotator: &rotator{keys: keys, db: db, tunnels: k.Tunnels, loop: loop, ask: make(chan struct{}, 1), log: p.log},
+		rotator: &rotator{keys: keys, db: db, tunnels: k.Tunnels, loop: loop, settled: loop.Settled, taken: c.taken, ask: make(chan struct{}, 1), log: p.log},
 		driver:  driver.New(driver.Config{DB: db, Refuse: c.copied, Fits: func(n store.Network) error { return dataplane.Fits(n, loop.Underlay()) }, Keyed: len(p.set.key) > 0, Term: p.term.now.Load, Doubt: p.term.doubt.Load, Sync: loop, Routes: driverRoutes(k), VXLANs: driverVXLANs(k), Hold: holdPort, Log: p.log}),
 	}
 	svc.ipam = ipam.New(db, ipam.Config{Defaults: p.set.subnets, Term: p.term.now.Load, Repeats: svc.driver.Repeats, Routes: ipamRoutes(k), Swarm: p.set.scope == scopeGlobal, AuditEvery: auditEvery, Now: auditClock(p.places.state), Log: p.log})

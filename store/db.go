@@ -192,13 +192,13 @@ func (db *DB) SetAddress(a netip.Addr, mtu int) {
 }
 
 // SetTunnel changes what peers need to encrypt to this host, and tells watchers of
-// HostVNI and of the encrypted networks.
+// HostVNI and of the networks that are encrypted, or routed: across a NAT these are, too.
 func (db *DB) SetTunnel(t Tunnel) error {
 	touched := map[VNI]bool{HostVNI: true}
 	err := db.View(func(tx *Tx) error {
 		nets, err := tx.Networks()
 		for _, n := range nets {
-			if n.Encrypted {
+			if n.Routed() {
 				touched[n.VNI] = true
 			}
 		}

@@ -117,6 +117,11 @@ type Tunnel struct {
 // Rotating reports whether the host changes its key.
 func (t Tunnel) Rotating() bool { return len(t.Keys) > 1 }
 
+// Equal reports whether both tell the same.
+func (t Tunnel) Equal(o Tunnel) bool {
+	return slices.Equal(t.Keys, o.Keys) && t.Port == o.Port && t.Last == o.Last
+}
+
 // Key returns the key of a way, 0 or 1. There must be one.
 func (t Tunnel) Key(way int) WGKey {
 	if way == 0 {

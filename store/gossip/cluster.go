@@ -68,7 +68,10 @@ type Config struct {
 	// Near reports whether an address is one of this host's own link, by which a host
 	// that is found there is reached. nil: none is.
 	Near func(netip.Addr) bool
-	Log  *slog.Logger
+	// Settled returns nil once the kernel does what the database says of peers, or an
+	// error when ctx ends before. nil: it is not asked.
+	Settled func(context.Context) error
+	Log     *slog.Logger
 	// HideAfter is how long a dead peer's records stay in use, ForgetAfter how long
 	// they are kept.
 	HideAfter, ForgetAfter time.Duration

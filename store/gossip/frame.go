@@ -43,6 +43,9 @@ type request struct {
 	Since uint64    `json:"since,omitempty"`
 	Boot  uint64    `json:"boot,omitempty"`  // of the owner's process that told Since
 	Proof []byte    `json:"proof,omitempty"` // store.Network.Proof of the client
+	// Taken asks instead whether the owner has acted on this record of the client's
+	// tunnel. A version that does not know it answers with the list of networks.
+	Taken *store.Tunnel `json:"taken,omitempty"`
 }
 
 // answer is one frame of an answer. More says that another one follows.
@@ -53,6 +56,7 @@ type answer struct {
 	Revoked []store.Revocation `json:"revoked,omitempty"`
 	// Services come with a list of networks.
 	Services []store.Service `json:"services,omitempty"`
+	Taken    *bool           `json:"taken,omitempty"` // answers Taken of the request
 	More     bool            `json:"more,omitempty"`
 	Err      string          `json:"err,omitempty"`
 }

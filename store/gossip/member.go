@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log"
 	"net/netip"
-	"reflect"
 	"sync/atomic"
 	"time"
 
@@ -130,7 +129,7 @@ func (c *Cluster) watchAddress(ctx context.Context, addr netip.Addr) error {
 	for c.db.Self().Address == addr {
 		c.mu.Lock()
 		self := c.db.Self()
-		sent := reflect.DeepEqual(c.self.Tunnel, self.Tunnel) && c.self.MTU == self.MTU
+		sent := c.self.Tunnel.Equal(self.Tunnel) && c.self.MTU == self.MTU
 		c.mu.Unlock()
 		if !sent {
 			poke(c.outbid)

@@ -171,7 +171,7 @@ func (s *server) stream(ctx context.Context, raw net.Conn, addr netip.Addr) {
 		if err := readFrame(conn, maxAsk, &q); err != nil {
 			return
 		}
-		if err := s.answer(conn, q, id); err != nil || s.busy() {
+		if err := s.answer(ctx, conn, q, id); err != nil || s.busy() {
 			return
 		}
 	}
@@ -235,8 +235,12 @@ func (c *Cluster) hearsOf(ctx context.Context, id store.HostID) bool {
 }
 
 // answer reads the records in one transaction and sends them in chunks.
-func (s *server) answer(conn net.Conn, q request, id store.HostID) error {
-	a, err := s.c.read(q, id)
+func (s *server) answer(ctx context.Context, conn net.Conn, q request, id store.HostID) error {
+	read := s.c.read
+	if q.Taken != nil && s.c.cfg.Settled != nil {
+		read = func(q request, id store.HostID) (answer, error) { return s.c.readTaken(ctx, q, id) }
+	}
+	a, err := read(q, id)
 	if err != nil {
 		s.c.log.Warn("cannot answer a peer", "vni", q.VNI, "err", err)
 		a = answer{Err: "the owner cannot read its database"}
