@@ -77,7 +77,7 @@ type network struct {
 	due      time.Time // when the next pass is due; zero: nothing to do
 	first    time.Time // first unserved change of records
 	changed  bool      // records changed since the last pass
-	behind   bool      // records changed since the last pass that did all for tunnels
+	behind   bool      // not known to do what the records say of tunnels
 	lookedAt time.Time // last reading
 	failures int
 	full     map[Key]bool // for what the kernel had no room at the last try
@@ -270,7 +270,7 @@ func (l *Loop) markAll(ctx context.Context) {
 	now := time.Now()
 	for v := range seen {
 		n := l.network(v)
-		n.have = nil
+		n.have, n.behind = nil, true
 		n.dueAt(now)
 	}
 }

@@ -71,4 +71,18 @@ func TestSettledWaitsForTunnels(t *testing.T) {
 	if err := settled(time.Minute); err != nil {
 		t.Fatalf("with nothing to do: %v", err)
 	}
+	// Another process has to look first.
+	h.stop()
+	if err := h.kernel.Break(dataplane.Op{Verb: dataplane.Delete, Object: dataplane.TunnelPeer{Device: dataplane.TunnelNames[0], Public: peer.Tunnel.Keys[0]}}); err != nil {
+		t.Fatal(err)
+	}
+	broken.Store(dataplane.KindPeer)
+	h.start()
+	if err := settled(time.Second); err == nil {
+		t.Fatal("settled after a restart, and the peer is gone")
+	}
+	broken.Store(dataplane.KindNeigh)
+	if err := settled(time.Minute); err != nil {
+		t.Fatal(err)
+	}
 }
