@@ -171,42 +171,45 @@ func (r *rotator) behind(ctx context.Context, done map[store.HostID]bool, long b
 	if err != nil {
 		return []string{err.Error()}
 	}
-	var mu sync.Mutex // guards out and done
-	check := func(id store.HostID, name string, ask func() (bool, error)) {
-		taken, err := ask()
-		mu.Lock()
-		defer mu.Unlock()
-		switch {
-		case taken || err != nil && long:
-			done[id] = true
-		case err != nil:
-			out = append(out, fmt.Sprintf("%s: whether it has taken the last step cannot be asked: %v", name, err))
-		default:
-			out = append(out, name+": it has not taken the last step yet")
+	self := r.db.Self()
+	self.Name = "this host"
+	var asked []store.Host
+	for _, h := range append([]store.Peer{{Host: self}}, r.peers()...) {
+		if !done[h.ID] && len(h.Tunnel.Keys) > 0 {
+			asked = append(asked, h.Host)
 		}
 	}
+	var mu sync.Mutex // guards out and done
 	var asks errgroup.Group
 	asks.SetLimit(asksAtOnce)
-	self := r.db.Self()
-	if !done[self.ID] {
+	for _, h := range asked {
 		asks.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, lookTime)
-			defer cancel()
-			check(self.ID, "this host", func() (bool, error) { return r.settled(ctx) == nil, nil })
-			return nil
-		})
-	}
-	for _, p := range r.peers() {
-		if done[p.ID] || len(p.Tunnel.Keys) == 0 {
-			continue
-		}
-		asks.Go(func() error {
-			check(p.ID, p.Name, func() (bool, error) { return r.taken(ctx, p.ID, tell) })
+			taken, err := r.follows(ctx, h.ID, tell)
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case taken || err != nil && long:
+				done[h.ID] = true
+			case err != nil:
+				out = append(out, fmt.Sprintf("%s: whether it has taken the last step cannot be asked: %v", h.Name, err))
+			default:
+				out = append(out, h.Name+": it has not taken the last step yet")
+			}
 			return nil
 		})
 	}
 	_ = asks.Wait()
 	return out
+}
+
+// follows reports whether a host, which may be this one, has acted on what this one tells.
+func (r *rotator) follows(ctx context.Context, id store.HostID, tell store.Tunnel) (bool, error) {
+	if id != r.db.Self().ID {
+		return r.taken(ctx, id, tell)
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	return r.settled(ctx) == nil, nil
 }
 
 func (r *rotator) peers() []store.Peer {
