@@ -15,7 +15,6 @@ import (
 // rotations changes the keys of all hosts, of one after the other and of several at
 // once, while a probe counts.
 func (e *encrypted) rotations(t *testing.T, probe *hosts.Probe) {
-	before := map[string]bool{}
 	turns := 1
 	if soak() {
 		turns = 20
@@ -23,31 +22,39 @@ func (e *encrypted) rotations(t *testing.T, probe *hosts.Probe) {
 	done := 0
 	for range turns {
 		for _, group := range [][]*hosts.Host{e.lab.Hosts[:1], e.lab.Hosts[1:2], e.lab.Hosts} {
-			for _, h := range group {
-				before[e.key(t, h)] = true
-				if out, err := h.Exec(t.Context(), "weft", "encryption", "rotate"); err != nil {
-					t.Fatalf("%v: %s", err, out)
-				}
-				done++
-			}
-			for _, h := range group {
-				eventually(t, 60*time.Second, "host "+h.Name+" has another key", func(context.Context) error {
-					v := view[encryptionView](t, h, "encryption")
-					if v.Changes || len(v.Devices) != 1 || before[v.Devices[0].Key] {
-						return fmt.Errorf("it has %+v", v)
-					}
-					for _, o := range e.lab.Hosts {
-						if seen := e.keysOf(t, o, h); o != h && !slices.Equal(seen, []string{v.Devices[0].Key}) {
-							return fmt.Errorf("host %s sends to it under %q", o.Name, seen)
-						}
-					}
-					return nil
-				})
-			}
+			changeKeys(t, e.lab.Hosts, group)
+			done += len(group)
 		}
 	}
 	report := lossless(t, probe)
 	figure(t, "encrypted: key changed on "+e.name, done, "%d of %d packets lost (target 0)", report.Lost, report.Sent)
+}
+
+// changeKeys changes the keys of some hosts at once, and returns when all others go by the
+// new ones.
+func changeKeys(t *testing.T, all, of []*hosts.Host) {
+	t.Helper()
+	before := map[string]bool{}
+	for _, h := range of {
+		before[keyOf(t, h)] = true
+		if out, err := h.Exec(t.Context(), "weft", "encryption", "rotate"); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	for _, h := range of {
+		eventually(t, 60*time.Second, "host "+h.Name+" has another key", func(context.Context) error {
+			v := view[encryptionView](t, h, "encryption")
+			if v.Changes || len(v.Devices) != 1 || before[v.Devices[0].Key] {
+				return fmt.Errorf("it has %+v", v)
+			}
+			for _, o := range all {
+				if seen := keysOf(t, o, h); o != h && !slices.Equal(seen, []string{v.Devices[0].Key}) {
+					return fmt.Errorf("host %s sends to it under %q", o.Name, seen)
+				}
+			}
+			return nil
+		})
+	}
 }
 
 // often asks for another key each second, whether the last change is over or not. A
@@ -56,7 +63,7 @@ func (e *encrypted) rotations(t *testing.T, probe *hosts.Probe) {
 func (e *encrypted) often(t *testing.T) {
 	a, b := e.lab.Hosts[0], e.lab.Hosts[1]
 	from, to := hosts.Container{Host: a, Name: "encr"}, hosts.Container{Host: b, Name: "encr"}
-	first := e.key(t, a)
+	first := keyOf(t, a)
 	seen := map[string]bool{first: true}
 	probe := startProbe(t, from, to, addressOf(t, to, "encr"))
 	seconds, taken, refused := 10, 0, 0
@@ -64,7 +71,7 @@ func (e *encrypted) often(t *testing.T) {
 		seconds = 60
 	}
 	look := func() (now []string) {
-		now = e.keysOf(t, b, a)
+		now = keysOf(t, b, a)
 		for _, k := range now {
 			seen[k] = true
 		}
@@ -134,14 +141,14 @@ func (e *encrypted) revoke(t *testing.T) {
 	figure(t, "encrypted: host revoked on "+e.name, 1, "dropped by the others after %s", took.Round(100*time.Millisecond))
 }
 
-func (e *encrypted) key(t *testing.T, h *hosts.Host) string {
+func keyOf(t *testing.T, h *hosts.Host) string {
 	t.Helper()
 	return view[encryptionView](t, h, "encryption").Devices[0].Key
 }
 
 // keysOf returns the public keys under which a host sends to another one: two while a key
 // changes.
-func (e *encrypted) keysOf(t *testing.T, at, of *hosts.Host) (keys []string) {
+func keysOf(t *testing.T, at, of *hosts.Host) (keys []string) {
 	t.Helper()
 	for _, p := range view[encryptionView](t, at, "encryption").Peers {
 		if p.Host == of.Name {
@@ -153,8 +160,9 @@ func (e *encrypted) keysOf(t *testing.T, at, of *hosts.Host) (keys []string) {
 
 type encryptionView struct {
 	Devices []struct {
-		Name string
-		Key  string
+		Name   string
+		Key    string
+		Module bool
 	}
 	Peers []struct {
 		Host, State, Key string

@@ -24,7 +24,7 @@ func TestGuestScenarios(t *testing.T) {
 	hosts.Require(t, "root", "docker", "guest")
 	which := []string{"TestRouter/enc"}
 	if soak() {
-		which = []string{"TestEncryptedRefused", "TestRouter"}
+		which = []string{"TestEncryptedRefused", "TestRouter", "TestEncrypted/debian"}
 	}
 	work := guestWork(t)
 	if err := os.WriteFile(filepath.Join(work, "run.sh"), []byte(scenarioScript(t, which)), 0o644); err != nil {
