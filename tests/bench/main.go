@@ -215,6 +215,11 @@ func (s *setup) paths() (same, across, encrypted []path, err error) {
 		}
 		same = append(same, p)
 	}
+	shortest, err := s.redirect("two pairs and a bare redirect, on a network", "br", "cut", "10.41.0")
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	same = append(same, shortest)
 	bare, err := s.bare()
 	if err != nil {
 		return nil, nil, nil, err

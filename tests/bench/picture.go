@@ -31,7 +31,7 @@ var drawn = []struct {
 }{{0, "TCP, 1 stream"}, {1, "TCP, 4 streams"}, {2, "UDP packets"}, {3, "request/response"}, {5, "connections"}}
 
 // colours are told apart by the colour-blind too (Okabe and Ito, 2008).
-var colours = []string{"#999999", "#56b4e9", "#e69f00", "#d55e00", "#f0e442", "#cc79a7", "#009e73"}
+var colours = []string{"#999999", "#56b4e9", "#e69f00", "#d55e00", "#f0e442", "#cc79a7", "#009e73", "#0072b2", "#000000"}
 
 // picture writes the charts as bars into an SVG file, each bar a ratio to the
 // chart's reference, which is the line at 1.
