@@ -383,8 +383,13 @@ func (v *vips) noManager(t *testing.T) {
 	}
 	for i, h := range v.lab.Hosts {
 		if h == boss {
-			docker(t, h, "rm", "-f", "client")
-			v.clients[i] = run(t, h, "client", "--network", "app")
+			// After a start Docker may wait half a minute for one of its own network's
+			// peers before it attaches anything, and gives up after twenty seconds.
+			eventually(t, 90*time.Second, "host "+h.Name+" attaches a container again", func(ctx context.Context) (err error) {
+				docker(t, h, "rm", "-f", "client")
+				v.clients[i], err = h.Run(ctx, "client", "--network", "app")
+				return err
+			})
 			continue
 		}
 		eventually(t, 60*time.Second, h.Name+" is promoted", func(ctx context.Context) error {
