@@ -21,11 +21,10 @@ type waiter struct {
 func (l *Loop) Settled(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	r, err := l.ask(ctx, request{settle: ctx.Done()})
-	if err != nil {
+	if _, err := l.ask(ctx, request{settle: ctx.Done()}); err != nil {
 		return fmt.Errorf("the kernel does not hold the records yet: %w", err)
 	}
-	return r.err
+	return nil
 }
 
 // await answers the request once no network that is behind now is so any more. It does

@@ -236,11 +236,13 @@ func (c *Cluster) hearsOf(ctx context.Context, id store.HostID) bool {
 
 // answer reads the records in one transaction and sends them in chunks.
 func (s *server) answer(ctx context.Context, conn net.Conn, q request, id store.HostID) error {
-	read := s.c.read
+	var a answer
+	var err error
 	if q.Taken != nil && s.c.cfg.Settled != nil {
-		read = func(q request, id store.HostID) (answer, error) { return s.c.readTaken(ctx, q, id) }
+		a, err = s.c.readTaken(ctx, q, id)
+	} else {
+		a, err = s.c.read(q, id)
 	}
-	a, err := read(q, id)
 	if err != nil {
 		s.c.log.Warn("cannot answer a peer", "vni", q.VNI, "err", err)
 		a = answer{Err: "the owner cannot read its database"}
