@@ -155,7 +155,7 @@ func (r *rotator) awaitMove(ctx context.Context) {
 			return
 		}
 		if !said && time.Since(begun) > wayTime {
-			r.log.Info("the change of the WireGuard key waits", "peers", len(behind), "first", behind[0])
+			r.tellWait(behind)
 			said = true
 		}
 		if sleep(ctx, rotatePoll) != nil {
@@ -253,13 +253,17 @@ func (r *rotator) awaitPeers(ctx context.Context, begins bool) (waited bool) {
 			return waited
 		}
 		if !waited {
-			r.log.Info("the change of the WireGuard key waits", "peers", len(peers), "first", peers[0])
+			r.tellWait(peers)
 		}
 		waited = true
 		if sleep(ctx, rotatePoll) != nil {
 			return waited
 		}
 	}
+}
+
+func (r *rotator) tellWait(who []string) {
+	r.log.Info("the change of the WireGuard key waits", "peers", len(who), "first", who[0])
 }
 
 func (r *rotator) inTheWay(begins bool) []string { return inTheWay(r.peers(), begins) }
