@@ -31,7 +31,7 @@ func TestEncryptedKeyOfAnother(t *testing.T) {
 	address := addressOf(t, to, "enc")
 	reach(t, from, address.String())
 	docker(t, c, "plugin", "disable", "--force", hosts.PluginName) // its address is the liar's from now on
-	key := view[encryptionView](t, b, "encryption").Devices[0].Key
+	key := keyOf(t, b)
 	l := newLiar(t, a, c)
 
 	probe := startProbe(t, from, to, address)

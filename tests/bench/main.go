@@ -273,15 +273,9 @@ func (s *setup) container(h *hosts.Host, name, network string) (ns string, a net
 // veth puts a pair between two containers on Docker's network, with addresses of the
 // subnet, of which the last byte is left out.
 func (s *setup) veth(name, network, link, subnet string) (path, error) {
-	var pids [2]int
-	for i := range pids {
-		c, err := s.a.Run(s.ctx, fmt.Sprint(link, i+1), "--network", network)
-		if err != nil {
-			return path{}, err
-		}
-		if pids[i], err = c.PID(s.ctx); err != nil {
-			return path{}, err
-		}
+	pids, err := s.two(link, network)
+	if err != nil {
+		return path{}, err
 	}
 	script := fmt.Sprintf("ip link add %[1]s netns %[2]d type veth peer name %[1]s netns %[3]d", link, pids[0], pids[1])
 	for i, pid := range pids {
@@ -291,6 +285,20 @@ func (s *setup) veth(name, network, link, subnet string) (path, error) {
 		return path{}, err
 	}
 	return path{name, fmt.Sprintf("/proc/%d/ns/net", pids[0]), fmt.Sprintf("/proc/%d/ns/net", pids[1]), netip.MustParseAddr(subnet + ".2")}, nil
+}
+
+// two starts two containers on the first host and returns their processes.
+func (s *setup) two(name, network string) (pids [2]int, err error) {
+	for i := range pids {
+		c, err := s.a.Run(s.ctx, fmt.Sprint(name, i+1), "--network", network)
+		if err != nil {
+			return pids, err
+		}
+		if pids[i], err = c.PID(s.ctx); err != nil {
+			return pids, err
+		}
+	}
+	return pids, nil
 }
 
 func reach(ctx context.Context, h *hosts.Host, container string, a netip.Addr) error {
